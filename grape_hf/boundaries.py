@@ -1,0 +1,314 @@
+"""Hooks on a model's blocks: the only file that touches the model.
+
+At the output of block l < L lies the boundary activation h_l; the error e = dLoss/dy is measured at the output y of
+the last block (`hidden`) or of the head (`logits`). Hooks are attached once, for the length of a training run, and a
+mode, always set by a ``with``, says what they do in a step; without a mode the model is its own BP twin:
+
+- ``broadcast``: cut the graph at each h_l, and send e to all of them at once: delta_l = B_l e. The graph becomes a
+  star whose arms, the local backwards of the blocks, have no order between them.
+- ``record``: keep h_l and y of an ordinary forward, for the exact delta_l.
+- ``perturb``: replace each h_l by what a function returns for it, and hand out y (forward-mode estimates).
+
+``h``, ``e`` and ``y`` are seen as vectors: ``(batch, positions, n)`` with one position for what is not a sequence, maps
+``(batch, C, H, W)`` flattened. Where y has other positions than h_l (a classifier), e_b is summed over positions and the
+same B_l e_b goes to each position of h_l.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
+
+
+def as_vectors(h: Tensor) -> Tensor:
+    """View an activation as ``(batch, positions, n)``: tokens keep their positions, maps are flattened to one."""
+    if h.ndim == 2:
+        return h.unsqueeze(1)
+    return h if h.ndim == 3 else h.flatten(1).unsqueeze(1)
+
+
+def align_positions(e: Tensor, positions: int) -> Tensor:
+    """Sum ``e``, ``(batch, S, n)``, over positions unless it has as many as asked for: one error per sample then."""
+    return e if e.shape[1] == positions else e.sum(1, keepdim=True)
+
+
+def project_error(e: Tensor, B: Tensor, h_shape: torch.Size, mask: Tensor | None = None) -> Tensor:
+    r"""Return delta_l = B_l e for every position of h_l.
+
+    Args:
+        e: dLoss/dy in the shape of y.
+        B: feedback matrix, ``(n_l, n_y)``. The product is computed in the dtype of e.
+        h_shape: shape of h_l, which is the shape of the result.
+        mask: ``(batch, positions)``, nonzero where a position is not padding; needed only where one error per sample
+            goes to several positions.
+    """
+    batch, positions = h_shape[0], h_shape[1] if len(h_shape) == 3 else 1
+    e = as_vectors(e).to(B.device)
+    e_aligned = align_positions(e, positions)
+    delta = e_aligned @ B.mT.to(e.dtype)  # (batch, positions or 1, n_l)
+    if e_aligned.shape[1] != positions:
+        delta = delta.expand(batch, positions, B.shape[0])
+        if mask is not None:
+            delta = delta * mask.to(delta)[..., None]
+    return delta.reshape(h_shape)
+
+
+class _Star:
+    """Where the error of one forward waits for the blocks: the node at y puts it in, the nodes at each h_l read it."""
+
+    def __init__(self) -> None:
+        self.e: Tensor | None = None
+
+
+class _Receive(torch.autograd.Function):
+    """Stand between h_l and the error: backward turns e into delta_l, when block l's turn comes and not before.
+
+    Forward returns a scalar stand-in, by which ``_Broadcast`` knows this node. As the node is made right after
+    block l, autograd runs it right before block l's backward: one delta_l at a time is in memory, whatever the depth.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, B: Tensor, star: _Star, mask: Tensor | None) -> Tensor:
+        ctx.B, ctx.star, ctx.mask, ctx.h_shape, ctx.dtype = B, star, mask, h.shape, h.dtype
+        return h.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None, None]:
+        assert ctx.star.e is not None, "the error arrives before any block is reached"
+        return project_error(ctx.star.e, ctx.B, ctx.h_shape, ctx.mask).to(ctx.dtype), None, None, None
+
+
+class _Broadcast(torch.autograd.Function):
+    """Identity on y; backward hands the error e to y's own graph and, by the star, to every ``_Receive`` node."""
+
+    @staticmethod
+    def forward(ctx: Any, star: _Star, y: Tensor, *receivers: Tensor) -> Tensor:
+        ctx.star, ctx.receivers = star, [(r.dtype, r.device) for r in receivers]
+        # Not a view: FSDP2 warns of views, whose pre-backward hook an in-place operation would drop.
+        return y.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.star.e = e
+        return (None, e, *(torch.zeros((), dtype=dtype, device=device) for dtype, device in ctx.receivers))
+
+
+@dataclass
+class Forward:
+    """What one forward of the model showed: ``h`` by the boundary's index (0 for h_1), and ``y``."""
+
+    h: dict[int, Tensor] = field(default_factory=dict)
+    y: Tensor | None = None
+
+
+class OutputReached(Exception):  # noqa: N818  a jump out of the forward, not an error
+    """Raised at y by ``perturb``, which also catches it, so that nothing behind y is computed."""
+
+
+class Boundaries:
+    """The feedback points h_1 .. h_{L-1} of a model and its output y.
+
+    Args:
+        blocks: the blocks whose outputs are h_1 .. h_L, in order. To let several blocks share one feedback point
+            leave out all but the last of each group.
+        output: the module whose output is y; the last block by default.
+
+    Raises:
+        ValueError: if there is no block.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], output: nn.Module | None = None) -> None:
+        if not blocks:
+            raise ValueError("expected at least one block, got none.")
+        self.blocks = list(blocks)
+        self.output = self.blocks[-1] if output is None else output
+        self._mode: _Mode | None = None
+
+    def __len__(self) -> int:
+        """Count the feedback points, L - 1."""
+        return len(self.blocks) - 1
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attach the hooks, which do nothing outside a mode, and take every one of them off again at the end."""
+        handles: list[RemovableHandle] = []
+        try:
+            for index, block in enumerate(self.blocks[:-1]):
+                handles.append(block.register_forward_hook(self._boundary_hook(index), with_kwargs=True))
+            handles.append(self.output.register_forward_hook(self._output_hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def broadcast(self, B: Sequence[Tensor], mask: Tensor | None = None) -> Iterator[None]:
+        """Send dLoss/dy to every block at once, by the matrices B_1 .. B_{L-1}, each ``(n_l, n_y)``.
+
+        Block 1 and whatever feeds it (embeddings, stem) are one unit with local backpropagation; block L and what
+        follows get their exact gradient. Enclose the forward and the backward. A forward without gradients in between
+        (generation) is left alone; several forwards for one loss are a star each.
+
+        Args:
+            B: the feedback matrices.
+            mask: ``(batch, positions)``, nonzero where a position is not padding.
+
+        Raises:
+            RuntimeError: if the blocks do not run once each, in order, up to y, or if a block's output carries no
+                gradient although it has weights to train: the gradients would be silently wrong.
+        """
+        mode = _BroadcastMode(self.blocks, list(B), mask)
+        with self._in_mode(mode):
+            yield
+            mode.close()
+
+    @contextmanager
+    def record(self) -> Iterator[list[Forward]]:
+        """Keep h_l and y of each forward with gradients, and have an ordinary backward fill their ``grad``."""
+        mode = _RecordMode()
+        with self._in_mode(mode):
+            yield mode.forwards
+
+    @contextmanager
+    def perturb(self, inject: Callable[[int, Tensor, nn.Module, tuple, dict], Tensor]) -> Iterator[Forward]:
+        """Replace h_l by ``inject(index, h, block, args, kwargs)`` in one forward, which ends when y is reached.
+
+        The forward is cut short by an exception that this manager catches, so nothing behind y is computed.
+        ``forward.y`` holds y afterwards; the last two arguments of ``inject`` are what the block was called with.
+
+        Raises:
+            RuntimeError: if the forward ended without reaching y.
+        """
+        mode = _PerturbMode(inject)
+        with self._in_mode(mode):
+            try:
+                yield mode.forward
+            except OutputReached:
+                pass
+        if mode.forward.y is None:
+            raise RuntimeError("the forward ended before the output of the last block or head was computed.")
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Leave the current mode for a while, to run a block inside it without being seen."""
+        with self._in_mode(None):
+            yield
+
+    @contextmanager
+    def _in_mode(self, mode: "_Mode | None") -> Iterator[None]:
+        previous, self._mode = self._mode, mode
+        try:
+            yield
+        finally:
+            self._mode = previous
+
+    def _boundary_hook(self, index: int) -> Callable[..., Any]:
+        def hook(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            if self._mode is None:
+                return None
+            # A block returns its hidden states, or a tuple that starts with them.
+            h, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+            h = self._mode.at_boundary(index, h, block, args, kwargs)
+            return h if rest is None else (h, *rest)
+
+        return hook
+
+    def _output_hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self._mode is None:
+            return None
+        if isinstance(output, tuple):
+            return (self._mode.at_output(output[0]), *output[1:])
+        return self._mode.at_output(output)
+
+
+class _Mode:
+    def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        raise NotImplementedError
+
+    def at_output(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _BroadcastMode(_Mode):
+    def __init__(self, blocks: list[nn.Module], B: list[Tensor], mask: Tensor | None) -> None:
+        self.blocks, self.B, self.mask = blocks, B, mask
+        self.star = _Star()  # of the forward under way
+        self.waiting: dict[int, Tensor | None] = {}  # by boundary; None where nothing before it is trained
+
+    def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        if not torch.is_grad_enabled():
+            return h
+        if self.waiting and index <= max(self.waiting):
+            raise RuntimeError(
+                f"block {index + 1} ({type(block).__name__}) ran after block {max(self.waiting) + 1}, before the output "
+                "y was reached. Direct feedback needs blocks that run once each, in order, in every forward that leads "
+                'to y. With several forwards for one head use feedback_space="hidden"; else name other blocks.'
+            )
+        self.waiting[index] = None
+        if h.requires_grad:
+            self.waiting[index] = _Receive.apply(h, self.B[index], self.star, self.mask)
+        elif any(p.requires_grad for p in block.parameters()):
+            raise RuntimeError(
+                f"the output of block {index + 1} ({type(block).__name__}) carries no gradient although the block has "
+                "weights to train. Reentrant activation checkpointing does this: set "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+        return h.detach()
+
+    def at_output(self, y: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return y
+        receivers = [r for r in self.waiting.values() if r is not None]
+        if receivers:
+            y = _Broadcast.apply(self.star, y, *receivers)
+        self.waiting, self.star = {}, _Star()  # a further forward for the same loss is a star of its own
+        return y
+
+    def close(self) -> None:
+        if self.waiting:
+            raise RuntimeError(
+                f"blocks 1 to {max(self.waiting) + 1} ran, and the module whose output is y never did, so they got no "
+                "error. Was the head left out of the forward?"
+            )
+
+
+class _RecordMode(_Mode):
+    def __init__(self) -> None:
+        self.forwards: list[Forward] = []
+
+    def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        if torch.is_grad_enabled():
+            if index == 0 or not self.forwards:
+                self.forwards.append(Forward())
+            self.forwards[-1].h[index] = _keep_grad(h)
+        return h
+
+    def at_output(self, y: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.forwards:
+            self.forwards[-1].y = _keep_grad(y)
+        return y
+
+
+class _PerturbMode(_Mode):
+    def __init__(self, inject: Callable[[int, Tensor, nn.Module, tuple, dict], Tensor]) -> None:
+        self.inject, self.forward = inject, Forward()
+
+    def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        return self.inject(index, h, block, args, kwargs)
+
+    def at_output(self, y: Tensor) -> Tensor:
+        self.forward.y = y
+        raise OutputReached
+
+
+def _keep_grad(h: Tensor) -> Tensor:
+    if h.requires_grad:
+        h.retain_grad()
+    return h

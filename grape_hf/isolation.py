@@ -1,0 +1,61 @@
+"""Run a model on the side without leaving a trace: what an estimate or a measurement may not change.
+
+Parameters are not touched by a forward; everything else that a forward can move is put back here: the training flags,
+the buffers (batch norm's running statistics and counters), and the global random number generators.
+"""
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+# Batch norms keep their batch statistics in an estimate: the Jacobian wanted is the one of the training step, and
+# the running statistics lag far behind it early in training.
+_BATCH_STATISTICS = nn.modules.batchnorm._BatchNorm
+
+
+@contextmanager
+def isolated(model: nn.Module, deterministic: bool = True) -> Iterator[None]:
+    """Put back training flags, buffers and global random states of ``model`` and its process at the end.
+
+    Args:
+        model: the model that will run.
+        deterministic: run in eval mode (no dropout), except batch norms, which go on using batch statistics.
+    """
+    training = [module for module in model.modules() if module.training]
+    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module.named_buffers("", False)]
+    with ExitStack() as stack:
+        stack.enter_context(_random_states(model))
+        if "torch._dynamo" in sys.modules:
+            # Inductor drops tangents without a word (pytorch#187284, fixes #187311 and #189644 pending), and a
+            # compiled block would be compiled once more for each mode.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for module, name, buffer in buffers:
+                setattr(module, name, buffer.clone())
+            if deterministic:
+                for module in training:
+                    module.training = isinstance(module, _BATCH_STATISTICS)
+            yield
+        finally:
+            for module, name, buffer in buffers:
+                setattr(module, name, buffer)
+            for module in training:
+                module.training = True
+
+
+@contextmanager
+def _random_states(model: nn.Module) -> Iterator[None]:
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    python, numpy_state = random.getstate(), np.random.get_state()
+    device_type = next((d.type for d in devices), "cuda")
+    with torch.random.fork_rng(devices=[d.index or 0 for d in devices], device_type=device_type):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,318 @@
+r"""Estimate the Jacobians J_l = dy/dh_l from forward-mode tangents: rank one a sample and position, averaged.
+
+At each boundary a random tangent :math:`v_l = s_l p_l`, ``p ~ N(0, I)``, is injected and the tangent ``q`` of y comes
+out at the top; then
+
+.. math:: \hat J_l = \frac{1}{N} \sum_i q_i a_{l,i}^\top, \qquad a_l = v_l / s_l^2, \qquad E[\hat J_l] = J_l.
+
+``s_l`` is the root mean square of the h_l it is added to, vector by vector, so that no position drowns the others.
+In a joint pass all boundaries are perturbed at once: the cross terms have mean zero, and one pass serves every l.
+Shapes: ``q`` is ``(batch, positions, n_y)``, ``v_l`` and ``a_l`` are ``(batch, positions, n_l)``, sums of
+``(n_y, n_l)``. The passes run under ``no_grad``; what they must not disturb is ``isolation.py``'s business.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+from grape_hf.boundaries import Boundaries, align_positions, as_vectors
+
+JvpMode = Literal["dual", "finite_difference"]
+Space = Literal["activation", "weight"]
+
+# Step of a finite difference, in units of rms(h_l). In float32, 1e-4 agrees with dual numbers to a cosine of 0.98 or
+# better on seven timm models, 1e-3 does not (DESIGN.md); float64 affords a smaller truncation error.
+_STEP = {torch.float32: 1e-4, torch.float64: 1e-6}
+
+
+class ForwardModeError(RuntimeError):
+    """An operator of the model has no forward-mode derivative, or dropped the tangent: use finite differences."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard normal draws that depend on nothing but (seed, step, place of the sample, boundary).
+
+    So an estimate does not change with how a batch is split over micro-batches or ranks, and a resumed run needs no
+    state of a generator.
+
+    Args:
+        seed: the run's seed.
+        step: the optimiser step.
+        places: for each sample of the batch at hand, its place in the global batch.
+    """
+
+    seed: int
+    step: int
+    places: Sequence[int]
+
+    def vectors(self, index: int, like: Tensor) -> Tensor:
+        """Draw p_l, shaped like ``like``, ``(batch, positions, n_l)``, one generator for each sample."""
+        places = self.places
+        if len(places) != len(like):  # the model sees other samples than the batch holds (a chosen and a rejected text)
+            places = range(len(like))
+        draws = [self._draw(like[0].shape, like, index, place) for place in places]
+        return torch.stack(draws)
+
+    def weights(self, index: int, block: nn.Module) -> dict[str, Tensor]:
+        """Draw p_W for every parameter of the block that ends at boundary ``index``, one for all samples."""
+        named = list(block.named_parameters())
+        return {name: self._draw(p.shape, p, index, 2**31 + i) for i, (name, p) in enumerate(named)}
+
+    def _draw(self, shape: torch.Size, like: Tensor, index: int, place: int) -> Tensor:
+        key = np.random.SeedSequence((self.seed, self.step, place, index)).generate_state(1, np.uint64)[0]
+        generator = torch.Generator(like.device).manual_seed(int(key >> 1))
+        return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+@dataclass
+class JacobianSum:
+    """Sums of rank-one terms over samples, positions, micro-batches and ranks; ``mean()`` is J_hat_1 .. J_hat_{L-1}.
+
+    Attributes:
+        sums: for each boundary, ``(n_y, n_l)``.
+        counts: for each boundary, the number N of vectors summed.
+    """
+
+    sums: list[Tensor] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
+
+    def add(self, sums: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
+        """Add the terms of one more micro-batch."""
+        if not self.sums:
+            self.sums, self.counts = list(sums), list(counts)
+        else:
+            self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
+            self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+
+    def mean(self) -> list[Tensor]:
+        """Return the estimates, ``(n_y, n_l)`` each; zero where nothing was summed (a batch of padding only)."""
+        return [s / n.clamp(min=1) for s, n in zip(self.sums, self.counts, strict=True)]
+
+
+def rank_one_sum(q: Tensor, a: Tensor) -> Tensor:
+    r"""Sum the rank-one terms :math:`q_i a_i^\top` over samples and positions.
+
+    The sum is taken in float32 at least: in bf16 a long sum loses its small terms. Where y has other positions than
+    h_l, the term is mean_t(q_t) a_s^T for every position s.
+
+    Args:
+        q: tangent of y, ``(batch, positions, n_y)``, in units of y.
+        a: ``(batch, positions, n_l)``, in inverse units of h_l; for ``p ~ N(0, I)`` injected as it is, ``a = p``.
+
+    Returns:
+        ``(n_y, n_l)``, in units of y per unit of h_l.
+
+    Raises:
+        ValueError: if q and a are of different batches.
+
+    Source: GrAPE (ICLR 2026), rank-1 Jacobian estimate; METHOD.md, "Dual forward".
+    """
+    if q.shape[0] != a.shape[0]:
+        raise ValueError(
+            f"q and a must be of the same samples, got {tuple(q.shape)} and {tuple(a.shape)}. If a block folds "
+            "positions into the batch, choose blocks that do not."
+        )
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, a = q.to(dtype), a.to(dtype)
+    if q.shape[1] != a.shape[1]:
+        q, a = q.mean(1, keepdim=True), a.sum(1, keepdim=True)
+    return q.flatten(0, 1).mT @ a.flatten(0, 1)
+
+
+@torch.no_grad()
+def jacobian_terms(
+    boundaries: Boundaries,
+    forward: Callable[[], object],
+    noise: Noise,
+    *,
+    mode: JvpMode = "dual",
+    passes: Literal["joint", "per_block"] = "joint",
+    spaces: Sequence[Space] | None = None,
+    B: Sequence[Tensor] | None = None,
+    mask: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    r"""Compute the sums of rank-one terms of every boundary on one micro-batch, and the number of terms in each.
+
+    With ``B``, the terms of the control-variate estimate (lms): the tangent that B predicts is taken away first,
+    :math:`r = q - \sum_k B_k^\top v_k`, so that the mean of the terms is J_l - B_l^T, with a noise that shrinks as B
+    gets near J.
+
+    In weight space ``v_l`` is the tangent that a random perturbation of the weights of the block in front of the
+    boundary causes at h_l, :math:`u = (dh_l/dW) p_W`, scaled; then :math:`E[\hat J_l] = J_l E[u u^\top]`, a
+    direction rather than the Jacobian.
+
+    Args:
+        boundaries: attached to the model.
+        forward: runs the model once on the micro-batch; it is cut short as soon as y is reached.
+        noise: the draws for this micro-batch's samples.
+        mode: ``dual`` numbers, or ``finite_difference`` of a perturbed and a clean forward.
+        passes: ``joint``, one for all boundaries, or ``per_block``, one for each: less noise, L - 1 times the cost.
+        spaces: for each boundary, where the perturbation is drawn; activation space by default.
+        B: feedback matrices ``(n_l, n_y)`` for the control variate.
+        mask: ``(batch, positions)``, nonzero where a position is not padding; the others have no say.
+
+    Raises:
+        ForwardModeError: in dual mode, if an operator has no forward-mode rule or the tangent got lost on the way.
+        ValueError: in finite differences, if the activations are in half precision.
+    """
+    run = _RUNNERS[mode](boundaries, forward)
+    spaces = spaces or ["activation"] * len(boundaries)
+    sums: list[Tensor] = []
+    counts: list[Tensor] = []
+    groups = [list(range(len(boundaries)))] if passes == "joint" else [[i] for i in range(len(boundaries))]
+    for group in groups:
+        injected: dict[int, _Injected] = {}
+
+        def inject(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
+            if index not in group:  # noqa: B023  both are of the pass under way
+                return None
+            if spaces[index] == "weight":
+                with boundaries.off():
+                    v, a = _weight_tangent(h, block, args, kwargs, noise.weights(index, block), mode)
+            else:
+                v, a = _activation_tangent(h, noise, index)
+            if mask is not None and v.shape[1] == mask.shape[1]:
+                v, a = (t * mask.to(t)[..., None] for t in (v, a))
+            injected[index] = _Injected(v, a)  # noqa: B023
+            return v.reshape(h.shape)
+
+        q = as_vectors(run(inject))
+        if B is not None:
+            q = q.to(torch.promote_types(q.dtype, torch.float32))
+            for index, t in injected.items():
+                q = q - align_positions(t.v.to(q), q.shape[1]) @ B[index].to(q)
+        for _, t in sorted(injected.items()):
+            sums.append(rank_one_sum(q.to(t.a.device), t.a))
+            counts.append(_count(t.a, mask))
+    return sums, counts
+
+
+@dataclass
+class _Injected:
+    v: Tensor  # what was added at h_l, (batch, positions, n_l), in units of h_l
+    a: Tensor  # v / s^2, what q is multiplied with
+
+
+Inject = Callable[[int, Tensor, nn.Module, tuple, dict], Tensor | None]
+
+
+def _activation_tangent(h: Tensor, noise: Noise, index: int) -> tuple[Tensor, Tensor]:
+    h = as_vectors(h)
+    p = noise.vectors(index, h)
+    s = _rms(h, dim=(-1,))
+    return s * p, p / s
+
+
+def _weight_tangent(
+    h: Tensor, block: nn.Module, args: tuple, kwargs: dict, p: dict[str, Tensor], mode: JvpMode
+) -> tuple[Tensor, Tensor]:
+    """Return u = (dh/dW) p_W, scaled by c to the size of h, and u / c. The block's inputs are held fixed."""
+    weights = dict(block.named_parameters())
+    if mode == "dual":
+        args, kwargs = tree_map(_primal, (args, kwargs))
+        weights = {name: forward_ad.make_dual(w, p[name]) for name, w in weights.items()}
+        u = forward_ad.unpack_dual(_hidden(functional_call(block, weights, args, kwargs))).tangent
+        if u is None:
+            raise ForwardModeError(f"{type(block).__name__} dropped the tangent of its weights.")
+    else:
+        size = torch.stack([w.square().sum() for w in weights.values()]).sum() / sum(w.numel() for w in weights.values())
+        eps = _STEP[h.dtype] * size.sqrt()
+        weights = {name: w + eps * p[name] for name, w in weights.items()}
+        u = (_hidden(functional_call(block, weights, args, kwargs)) - h) / eps
+    u = as_vectors(u)
+    c = _rms(as_vectors(h), dim=(1, 2)) / _rms(u, dim=(1, 2))
+    return c * u, u / c
+
+
+def _rms(h: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Root mean square over ``dim``, which is kept; never zero, so that one may divide by it."""
+    return h.square().mean(dim, keepdim=True).sqrt().clamp(min=torch.finfo(h.dtype).eps)
+
+
+def _primal(value: Any) -> Any:
+    return forward_ad.unpack_dual(value).primal if isinstance(value, Tensor) else value
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _count(a: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and a.shape[1] == mask.shape[1]:
+        return mask.count_nonzero().to(a.device)
+    return torch.tensor(a.shape[0] * a.shape[1], device=a.device)
+
+
+def _dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callable[[Inject], Tensor]:
+    def run(inject: Inject) -> Tensor:
+        def perturb(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+            primal, tangent = forward_ad.unpack_dual(h)
+            v = inject(index, primal, block, args, kwargs)
+            if v is None:
+                return h
+            return forward_ad.make_dual(primal, v if tangent is None else tangent + v)
+
+        # Of the fused attention kernels none has a forward-mode rule (pytorch#128971, #98164), the math backend does.
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            try:
+                with boundaries.perturb(perturb) as passed:
+                    forward()
+            except (RuntimeError, NotImplementedError) as error:
+                if isinstance(error, NotImplementedError) or "forward AD" in str(error) or "jvp" in str(error):
+                    raise ForwardModeError(str(error)) from error
+                raise
+            assert passed.y is not None
+            q = forward_ad.unpack_dual(passed.y).tangent
+        if q is None:
+            raise ForwardModeError("the tangent got lost between the boundaries and the output y.")
+        return q
+
+    return run
+
+
+def _difference_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callable[[Inject], Tensor]:
+    device_type = next(boundaries.blocks[0].parameters()).device.type
+
+    def output(inject: Inject | None) -> Tensor:
+        def perturb(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+            if torch.is_autocast_enabled(device_type):
+                # A difference of 1e-4 is below bf16's resolution. The model enters its own autocast (accelerate puts
+                # it into `forward`), so it can only be left from within; the context below puts the state back.
+                torch.set_autocast_enabled(device_type, False)
+                h = h.float()
+            if h.dtype not in _STEP:
+                raise ValueError(
+                    f"finite differences need activations in float32 or float64, got {h.dtype}. "
+                    'Use jvp_mode="dual", or load the model in float32 and train with bf16=True.'
+                )
+            v = None if inject is None else inject(index, h, block, args, kwargs)
+            return h if v is None else h + _STEP[h.dtype] * v
+
+        with (
+            torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type)),
+            boundaries.perturb(perturb) as passed,
+        ):
+            forward()
+        assert passed.y is not None
+        return passed.y
+
+    clean = None
+
+    def run(inject: Inject) -> Tensor:
+        nonlocal clean
+        clean = output(None) if clean is None else clean  # once for all passes
+        return (output(inject) - clean) / _STEP[clean.dtype]
+
+    return run
+
+
+_RUNNERS = {"dual": _dual_runner, "finite_difference": _difference_runner}

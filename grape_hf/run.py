@@ -1,0 +1,345 @@
+"""What GrAPE remembers during one training run, and what it does in one optimiser step.
+
+It ties the numerical modules together and knows neither Trainer nor accelerate, so a plain PyTorch loop can use it as
+well (README). An optimiser step is: ``begin_step``; for each micro-batch ``estimate`` and then forward and backward
+inside ``step()``; ``finish_step``, which refines the feedback for the next step. The estimate uses the weights that the
+step starts from; the refined feedback is first used in the step after, so that a step split into micro-batches is the
+same step.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from fractions import Fraction
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from grape_hf.alignment import delta_alignment, delta_products, exact_alignment, feedback_alignment
+from grape_hf.blocks import find_blocks, find_head
+from grape_hf.boundaries import Boundaries, as_vectors
+from grape_hf.calibration import CalibrationSchedule
+from grape_hf.feedback import Feedback, initial_feedback, refit_moments
+from grape_hf.isolation import isolated
+from grape_hf.jacobian import ForwardModeError, JacobianSum, JvpMode, Noise, jacobian_terms
+from grape_hf.training_args import GrapeArgumentsMixin
+
+logger = logging.getLogger(__name__)
+
+FEEDBACK_NAME = "grape_feedback.safetensors"
+STATE_NAME = "grape_state.json"
+
+
+class GrapeRun:
+    """GrAPE on one model, from the first step to the last.
+
+    Args:
+        model: the model; hooks are attached by ``start`` and taken off by ``close``.
+        options: GrAPE's options.
+        seed: seed of the estimates, of a gaussian start and of the calibration schedule.
+        steps_per_epoch: optimiser steps in an epoch, None where unknown.
+
+    Raises:
+        ValueError: if no blocks are found, or an option does not suit the model or the data.
+    """
+
+    def __init__(
+        self, model: nn.Module, options: GrapeArgumentsMixin, seed: int = 0, steps_per_epoch: int | None = None
+    ) -> None:
+        self.model, self.options, self.seed = model, options, seed
+        named = feedback_blocks(find_blocks(model, options.blocks), options.blocks_per_feedback)
+        self.block_names, self.blocks = list(named)[:-1], list(named.values())
+        self.schedule = CalibrationSchedule(
+            options.calibration_strategy or "no",
+            options.calibration_interval or 1.0,
+            options.calibration_threshold,
+            options.calibration_cooldown,
+            seed,
+            steps_per_epoch,
+        )
+        if options.feedback_space == "logits":
+            find_head(model)
+        self.is_bp = options.method == "bp" or len(self.blocks) == 1
+        self.current_step: int | None = None
+        self.calibrating = False
+        self.metrics: dict[str, Tensor | float] = {}
+        self._hooks = ExitStack()
+        self._started = False
+
+    def start(self, forward: Callable[[], object]) -> None:
+        """Look at the shapes in one forward, make the feedback matrices, attach the hooks.
+
+        Args:
+            forward: runs the model on a sample or more.
+
+        Raises:
+            ValueError: if ``feedback_init`` does not suit the shapes found.
+            RuntimeError: if the blocks do not run once each, in order.
+        """
+        self._close_hooks()
+        space, output = self._output(forward)
+        sizes, n_y = probe_sizes(self.model, Boundaries(self.blocks, output), forward)
+        init = self.options.feedback_init or "auto"
+        if init == "auto":
+            square = all(h.shape[-1] == n_y for h in sizes)
+            init = "identity" if space == "hidden" and square else "gaussian"
+        generator = torch.Generator().manual_seed(self.seed)
+        B = []
+        for name, h in zip(self.block_names, sizes, strict=True):
+            dtype = torch.promote_types(h.dtype, torch.float32)
+            try:
+                B.append(initial_feedback(init, h.shape[-1], n_y, generator, dtype).to(h.device))
+            except ValueError as error:
+                raise ValueError(f"at the output of {name}: {error}") from None
+        options = self.options
+        self.feedback = Feedback(B, options.feedback_rule or "lms", options.feedback_lr or 0.0, self._normalize())
+        self.boundaries = Boundaries(self.blocks, output)
+        self.jvp_mode = self._jvp_mode()
+        self.spaces = [
+            "weight" if self._in_weight_space(block, h.shape[-1]) else "activation"
+            for block, h in zip(self.blocks, sizes, strict=False)
+        ]
+        self._hooks.enter_context(self.boundaries.attached())
+        self._started = True
+        shapes = f"{len(B)} feedback matrices, {sum(b.numel() for b in B):,} numbers"
+        logger.info(f"GrAPE: {len(self.blocks)} blocks, errors measured in {space} space, {init} start, {shapes}.")
+
+    def close(self) -> None:
+        """Take the hooks off the model. The feedback matrices stay."""
+        self._close_hooks()
+
+    def begin_step(self, step: int) -> None:
+        """Say which optimiser step the coming micro-batch belongs to; decides what kind of step it is, once."""
+        if step == self.current_step:
+            return
+        self.current_step, self.calibrating = step, self.schedule.due(step)
+        self._estimate = JacobianSum()
+        self._products: Tensor | None = None
+        self._moments: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def estimating(self) -> bool:
+        """Whether an estimate is to be made in this step."""
+        assert self.current_step is not None
+        learned = self.options.method == "grape"
+        return learned and not self.calibrating and self.current_step % (self.options.jvp_every or 1) == 0
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the exact alignment is to be measured on the side in this step."""
+        every = self.options.alignment_steps
+        return bool(every) and not self.calibrating and self.current_step % every == 0  # type: ignore[operator]
+
+    def sampled(self, places: Sequence[int]) -> list[int]:
+        """Return which samples of a micro-batch the estimate is made on, given their places in the global batch.
+
+        They are spread evenly over the global batch, its first sample always among them, so every rank and
+        micro-batch has its share.
+        """
+        share = Fraction(str(self.options.jvp_fraction))
+        return [i for i, place in enumerate(places) if ceil((place + 1) * share) > ceil(place * share)]
+
+    def estimate(self, forward: Callable[[], object], places: Sequence[int], mask: Tensor | None = None) -> None:
+        """Add one micro-batch to this step's estimate of the Jacobians.
+
+        Args:
+            forward: runs the model on the samples that ``sampled`` chose, in any way that reaches y.
+            places: their places in the global batch.
+            mask: ``(batch, positions)``, nonzero where a position is not padding.
+        """
+        assert self.current_step is not None
+        noise = Noise(self.seed, self.current_step, places)
+        B = self.feedback.B if self.feedback.rule == "lms" else None
+
+        def terms(mode: JvpMode) -> tuple[list[Tensor], list[Tensor]]:
+            with isolated(self.model):
+                return jacobian_terms(
+                    self.boundaries,
+                    forward,
+                    noise,
+                    mode=mode,
+                    passes=self.options.jvp_passes or "joint",
+                    spaces=self.spaces,  # type: ignore[arg-type]
+                    B=B,
+                    mask=mask,
+                )
+
+        try:
+            self._estimate.add(*terms(self.jvp_mode))
+        except ForwardModeError as error:
+            if self.options.jvp_mode != "auto":
+                raise ForwardModeError(f'{error} Use jvp_mode="finite_difference".') from error
+            logger.warning(f"GrAPE: finite differences in place of dual numbers from here on: {error}")
+            self.jvp_mode = "finite_difference"
+            self._estimate.add(*terms(self.jvp_mode))
+
+    @contextmanager
+    def step(self, mask: Tensor | None = None) -> Iterator[None]:
+        """Enclose the forward and backward of one micro-batch: a star, or at a calibration step a chain.
+
+        Args:
+            mask: ``(batch, positions)``, nonzero where a position is not padding.
+        """
+        if not self.calibrating:
+            with self.boundaries.broadcast(self.feedback.B, mask):
+                yield
+            return
+        with self.boundaries.record() as forwards:
+            yield
+        # What has no exact gradient (a frozen start of the model) cannot be compared with.
+        forwards = [f for f in forwards if f.y is not None and all(t.grad is not None for t in (f.y, *f.h.values()))]
+        if forwards:
+            with torch.no_grad():
+                self._add_products(delta_products(forwards, self.feedback.B, mask))
+                if self.options.calibration_refit:
+                    self._add_moments(refit_moments(forwards, len(self.boundaries)))
+
+    def measure(self, loss: Callable[[], Tensor], mask: Tensor | None = None) -> None:
+        """Measure cos(B_l e, delta_l) on the side, by an ordinary backward that reaches no parameter.
+
+        Args:
+            loss: runs the model and returns its loss.
+            mask: as in ``step``.
+        """
+        with isolated(self.model, deterministic=False):
+            self._add_products(exact_alignment(self.boundaries, loss, self.feedback.B, mask))
+
+    def finish_step(self, total: Callable[[Tensor], Tensor] = lambda t: t) -> None:
+        """Refine the feedback by what this optimiser step gathered.
+
+        Args:
+            total: sums a tensor over ranks.
+        """
+        assert self.current_step is not None
+        if self.estimating:
+            if not self._estimate.sums:  # other ranks may hold the samples
+                zeros = [b.new_zeros(b.mT.shape) for b in self.feedback.B]
+                self._estimate.add(zeros, [torch.zeros((), dtype=torch.int64, device=b.device) for b in zeros])
+            estimate = JacobianSum(
+                [total(s) for s in self._estimate.sums], [total(n) for n in self._estimate.counts]
+            )
+            self._log_alignment("estimate", feedback_alignment(self.feedback.B, self.feedback.jacobians(estimate)))
+            self.feedback.refine(estimate)
+        if self._products is not None:
+            self._log_alignment("exact", delta_alignment(total(self._products)))
+        if self._moments:
+            self.feedback.refit([(total(ee), total(ed)) for ee, ed in self._moments])
+        if self.calibrating:
+            self.schedule.taken(self.current_step)
+            self.metrics["calibration/last_step"] = self.current_step + 1
+        self.metrics["calibration/steps"] = self.schedule.count
+        self.metrics["calibration/share"] = self.schedule.count / (self.current_step + 1)
+
+    def read_metrics(self) -> dict[str, float]:
+        """Return what there is to log since the last call, with a single transfer from the device."""
+        tensors = {name: value for name, value in self.metrics.items() if isinstance(value, Tensor)}
+        values = torch.stack([t.float() for t in tensors.values()]).tolist() if tensors else []
+        read = {k: v for k, v in self.metrics.items() if not isinstance(v, Tensor)}
+        self.metrics = {}
+        return read | dict(zip(tensors, values, strict=True))
+
+    def save(self, folder: Path) -> None:
+        """Write B_l and the schedule's state to ``folder``; the random draws are functions of seed and step."""
+        self.feedback.save(folder / FEEDBACK_NAME, self.block_names)
+        state = {"schedule": self.schedule.state_dict(), "jvp_mode": self.jvp_mode, "seed": self.seed}
+        (folder / STATE_NAME).write_text(json.dumps(state, indent=2))
+
+    def load(self, folder: Path) -> None:
+        """Read them back; see ``Feedback.load`` for what is refused."""
+        self.feedback.load(folder / FEEDBACK_NAME, self.block_names)
+        state = json.loads((folder / STATE_NAME).read_text())
+        self.schedule.load_state_dict(state["schedule"])
+        self.jvp_mode = state["jvp_mode"]
+
+    def _close_hooks(self) -> None:
+        self._hooks.close()
+        self._started = False
+
+    @property
+    def started(self) -> bool:
+        """Whether the hooks are on the model."""
+        return self._started
+
+    def _output(self, forward: Callable[[], object]) -> tuple[str, nn.Module]:
+        space = self.options.feedback_space or "auto"
+        if space == "hidden":
+            return space, self.blocks[-1]
+        try:
+            head = find_head(self.model)
+        except ValueError:
+            if space == "logits":
+                raise
+            return "hidden", self.blocks[-1]
+        if space == "logits":
+            return space, head
+        sizes, classes = probe_sizes(self.model, Boundaries([*self.blocks, head]), forward)
+        return ("hidden", self.blocks[-1]) if sizes[-1].shape[-1] <= classes else ("logits", head)
+
+    def _normalize(self) -> bool:
+        return bool(self.options.feedback_normalize) and self.options.method == "grape"
+
+    def _jvp_mode(self) -> JvpMode:
+        if self.options.jvp_mode in ("dual", "finite_difference"):
+            return self.options.jvp_mode  # type: ignore[return-value]
+        convolutions = (nn.Conv2d, nn.Conv3d)
+        # On convolutions a dual forward costs 3.4 to 5.9 forwards, two for a finite difference (DESIGN.md).
+        found = any(isinstance(m, convolutions) for block in self.blocks for m in block.modules())
+        return "finite_difference" if found else "dual"
+
+    def _in_weight_space(self, block: nn.Module, n_l: int) -> bool:
+        space = self.options.perturbation_space
+        return space == "weight" or (space == "auto" and sum(p.numel() for p in block.parameters()) < n_l)
+
+    def _add_products(self, products: Tensor) -> None:
+        self._products = products if self._products is None else self._products + products
+
+    def _add_moments(self, moments: list[tuple[Tensor, Tensor]]) -> None:
+        if self._moments:
+            moments = [(a + c, b + d) for (a, b), (c, d) in zip(self._moments, moments, strict=True)]
+        self._moments = moments
+
+    def _log_alignment(self, kind: str, cosines: Tensor) -> None:
+        self.schedule.observe(cosines.mean())
+        self.metrics[f"alignment/{kind}/mean"] = cosines.mean()
+        self.metrics |= {f"alignment/{kind}/h_{i}": c for i, c in enumerate(cosines, 1)}
+
+
+def feedback_blocks(blocks: dict[str, nn.Module], per_feedback: int) -> dict[str, nn.Module]:
+    """Keep the blocks at whose outputs errors arrive: every ``per_feedback``-th, and the last."""
+    last = len(blocks) - 1
+    return {
+        name: block
+        for i, (name, block) in enumerate(blocks.items())
+        if i == last or ((i + 1) % per_feedback == 0 and last - i >= per_feedback)
+    }
+
+
+def probe_sizes(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object]) -> tuple[list[Tensor], int]:
+    """Run the model once without a trace; return a meta-like sample of each h_l as vectors, and n_y.
+
+    Raises:
+        RuntimeError: if the blocks do not run once each, in order, before y.
+    """
+    seen: list[tuple[int, Tensor]] = []
+
+    def look(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        seen.append((index, as_vectors(h)[:1, :1]))
+        return h
+
+    with isolated(model), torch.no_grad(), boundaries.attached(), boundaries.perturb(look) as passed:
+        forward()
+    order = [index for index, _ in seen]
+    if order != list(range(len(boundaries))):
+        raise RuntimeError(
+            f"expected blocks 1 to {len(boundaries)} to run once each and in order, saw them run in the order "
+            f"{[index + 1 for index in order]}. Direct feedback needs a chain of blocks: name others with the option "
+            "`blocks`."
+        )
+    assert passed.y is not None
+    return [h for _, h in seen], as_vectors(passed.y).shape[-1]

@@ -1,0 +1,190 @@
+"""``GrapeTrainer``: the stock Trainer, with some of its steps changed.
+
+A step is a GrAPE step or a calibration step, decided once per optimiser step. Either way the stock ``training_step``
+does the work; what differs is the mode that the hooks on the model's blocks are in meanwhile. Beside that, an estimate
+of the Jacobians is made on part of the batch now and then. What a step does is told in ``run.py``; here is what the
+Trainer has to say to it: which step, which samples, which padding, where checkpoints lie.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import has_length
+
+from grape_hf.run import GrapeRun
+from grape_hf.training_args import GrapeArgumentsMixin
+
+logger = logging.getLogger(__name__)
+
+
+class GrapeMixin:
+    """GrAPE for any ``Trainer`` subclass: ``class MyTrainer(GrapeMixin, SFTTrainer)``.
+
+    The arguments may be of any kind; where they carry no GrAPE options (``GrapeArgumentsMixin``) the defaults hold.
+
+    Raises:
+        ValueError: at construction, if no blocks are found in the model or an option does not suit it.
+    """
+
+    args: Any
+    model: Any
+    state: Any
+    accelerator: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._run: GrapeRun | None = None
+        self._resumed_from: Path | None = None
+        self._steps_per_epoch: int | None = None
+        self._micro_batch = 0
+        self._refuse_settings()
+        run = GrapeRun(self.model, self._options_without_epoch(), self.args.seed)  # refuses now what it can
+        if run.is_bp and self.grape_options.method != "bp":
+            logger.warning(
+                f"{type(self.model).__name__} has a single block: there is no feedback point in it, and "
+                f'method="{self.grape_options.method}" is ordinary backpropagation.'
+            )
+
+    @property
+    def grape_options(self) -> GrapeArgumentsMixin:
+        """GrAPE's options, as the arguments say now (a hyperparameter search changes them)."""
+        names = [option.name for option in dataclasses.fields(GrapeArgumentsMixin)]
+        return GrapeArgumentsMixin(**{name: getattr(self.args, name) for name in names if hasattr(self.args, name)})
+
+    @property
+    def feedback(self) -> list[Tensor]:
+        """The feedback matrices B_1 .. B_{L-1} of the last run, each ``(n_l, n_y)``; empty before the first step."""
+        return self._run.feedback.B if self._run is not None and hasattr(self._run, "feedback") else []
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Train on one micro-batch: an estimate where one is due, then the stock step in a star or a chain."""
+        run = self._run or self._new_run()
+        if run.is_bp:
+            return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if not run.started:
+            self._start(run, inputs)
+        self._micro_batch = self._micro_batch + 1 if run.current_step == self.state.global_step else 0
+        run.begin_step(self.state.global_step)
+        if run.estimating:
+            self._estimate(run, inputs)
+        if run.measuring:
+            prepared = self._prepare_inputs(inputs)
+            run.measure(lambda: self._loss(prepared), self._padding_mask(prepared))
+        with run.step(self._padding_mask(inputs)):
+            loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if self.accelerator.sync_gradients:
+            run.finish_step(lambda t: self.accelerator.reduce(t, reduction="sum"))
+        return loss
+
+    def _estimate(self, run: GrapeRun, inputs: dict[str, Any]) -> None:
+        batch = find_batch_size(inputs) or 1
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        # Where a sample stands in the global batch does not depend on how the batch is split (METHOD.md).
+        first = (self._micro_batch * ranks + rank) * self._train_batch_size
+        places = range(first, first + batch)
+        chosen = run.sampled(places)
+        if chosen:
+            taken = self._prepare_inputs(take_samples(inputs, chosen, batch))
+            run.estimate(lambda: self._loss(taken), [places[i] for i in chosen], self._padding_mask(taken))
+
+    def _loss(self, inputs: dict[str, Any]) -> Tensor:
+        with self.compute_loss_context_manager():
+            return self.compute_loss(self.model, dict(inputs))  # a copy: compute_loss takes labels out
+
+    def _new_run(self) -> GrapeRun:
+        self._run = GrapeRun(self.model, self.grape_options, self.args.seed, self._steps_per_epoch)
+        return self._run
+
+    def _start(self, run: GrapeRun, inputs: dict[str, Any]) -> None:
+        sample = self._prepare_inputs(take_samples(inputs, [0], find_batch_size(inputs) or 1))
+        run.start(lambda: self._loss(sample))
+        if self._resumed_from is not None:
+            run.load(self._resumed_from)
+            run.begin_step(-1)
+
+    def _padding_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        mask = inputs.get("attention_mask")
+        return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Entered once per train(), and again by auto_find_batch_size: each time a fresh run.
+        self._run, self._resumed_from = None, None
+        try:
+            return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self._run is not None:
+                self._run.close()
+
+    def set_initial_training_values(self, args: Any, dataloader: Any, *rest: Any) -> Any:
+        """Note the length of an epoch, which the calibration schedule needs; refuse here if it needs and lacks it."""
+        values = super().set_initial_training_values(args, dataloader, *rest)  # type: ignore[misc]
+        self._steps_per_epoch = values[1] if has_length(dataloader) else None
+        GrapeRun(self.model, self.grape_options, self.args.seed, self._steps_per_epoch)
+        return values
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add alignment, and the share of calibration steps, to what is logged of the training."""
+        if "loss" in logs and self._run is not None and self._run.started:
+            logs.update(self._run.read_metrics())
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self._run is not None and self._run.started and self.args.should_save:
+            self._run.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        # The matrices are read when their shapes are known, at the first step.
+        self._resumed_from = None if checkpoint is None else Path(checkpoint)
+
+    def _options_without_epoch(self) -> GrapeArgumentsMixin:
+        """The options for a look at the model alone: how long an epoch is turns out when training starts."""
+        options = self.grape_options
+        strategy = "no" if options.calibration_strategy == "epoch" else options.calibration_strategy
+        return dataclasses.replace(options, calibration_strategy=strategy, calibration_refit=False)
+
+    def _refuse_settings(self) -> None:
+        if self.grape_options.method == "bp":
+            return
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas the hooks cannot tell "
+                "apart. Use one process for each: `accelerate launch your_script.py`, or show one GPU with "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed is not supported with GrAPE yet. Use DDP or FSDP2, or method='bp'.")
+        checkpointing = getattr(self.args, "gradient_checkpointing_kwargs", None) or {}
+        if checkpointing.get("use_reentrant"):
+            raise ValueError(
+                'gradient_checkpointing_kwargs={"use_reentrant": True} cuts the gradients of blocks whose inputs need '
+                'none, as all inputs of blocks do here. Use {"use_reentrant": False}, which is the default.'
+            )
+
+
+class GrapeTrainer(GrapeMixin, Trainer):
+    """``transformers.Trainer`` that trains with GrAPE; same signature, arguments of either kind.
+
+    With ``method="bp"`` it is the stock Trainer, bit for bit.
+    """
+
+
+def take_samples(inputs: Any, chosen: list[int], batch: int) -> Any:
+    """Pick samples out of a batch of ``batch``: from every tensor and list in it of that length."""
+    if isinstance(inputs, Mapping):
+        return {name: take_samples(value, chosen, batch) for name, value in inputs.items()}
+    if isinstance(inputs, Tensor):
+        if inputs.ndim == 0 or len(inputs) != batch:
+            return inputs
+        return inputs[torch.tensor(chosen, device=inputs.device)]
+    if isinstance(inputs, list | tuple) and len(inputs) == batch:
+        return type(inputs)(inputs[i] for i in chosen)
+    return inputs

@@ -1,0 +1,234 @@
+"""Every option of GrAPE, with its help text: the manual page.
+
+An option left at None takes the value that ``grape_preset`` names; a value given wins over the preset. What two options
+say against each other, and a value that is not one of those listed, is refused here, when the arguments are made.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+from transformers import TrainingArguments
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {
+        "feedback_space": "auto",
+        "feedback_init": "auto",
+        "feedback_rule": "lms",
+        "feedback_lr": 0.02,
+        "feedback_normalize": False,
+        "jvp_mode": "auto",
+        "jvp_passes": "joint",
+        "jvp_fraction": 0.25,
+        "jvp_every": 4,
+        "perturbation_space": "activation",
+        "calibration_strategy": "no",
+        "calibration_interval": 1.0,
+        "calibration_refit": False,
+    },
+    "paper": {
+        "feedback_space": "auto",
+        "feedback_init": "gaussian",
+        "feedback_rule": "cosine",
+        "feedback_lr": 0.1,
+        "feedback_normalize": True,
+        "jvp_mode": "dual",
+        "jvp_passes": "joint",
+        "jvp_fraction": 1.0,
+        "jvp_every": 1,
+        "perturbation_space": "auto",
+        "calibration_strategy": "epoch",
+        "calibration_interval": 1.0,
+        "calibration_refit": False,
+    },
+}
+
+
+def _option(name: str, help_text: str) -> Any:
+    """Make a field that takes its value from the preset, and whose help says which values those are."""
+    values = ", ".join(f"{preset}: {options[name]}" for preset, options in PRESETS.items())
+    return field(default=None, metadata={"help": f"{help_text} ({values})"})
+
+
+@dataclass
+class GrapeArgumentsMixin:
+    """GrAPE's options, to be mixed into any ``TrainingArguments``: ``class MyArgs(GrapeArgumentsMixin, SFTConfig)``.
+
+    After construction no option is None but ``blocks``. Raises ``ValueError`` for a value that is not one of those
+    listed, a number out of range, or options that contradict each other.
+    """
+
+    method: Literal["grape", "dfa", "bp"] = field(
+        default="grape",
+        metadata={
+            "help": "`grape`: direct feedback through learned matrices B_l; `dfa`: the same with B_l frozen at their "
+            "start; `bp`: ordinary backpropagation, the stock Trainer bit for bit."
+        },
+    )
+    grape_preset: Literal["recommended", "paper"] = field(
+        default="recommended",
+        metadata={
+            "help": "Values for every option below that is not given: `recommended`, what worked best in our studies, "
+            "or `paper`, the settings of the GrAPE paper (ICLR 2026)."
+        },
+    )
+    blocks: str | None = field(
+        default=None,
+        metadata={
+            "help": "The blocks that get direct feedback: names as in model.named_modules(), separated by commas; a "
+            "list of modules stands for its items. Found automatically by default."
+        },
+    )
+    blocks_per_feedback: int = field(
+        default=1,
+        metadata={
+            "help": "How many consecutive blocks share one feedback point and backpropagate among themselves. Paper "
+            "and recommended: 1."
+        },
+    )
+    feedback_space: Literal["auto", "hidden", "logits"] | None = _option(
+        "feedback_space",
+        "Where the error is measured: `hidden`, the output of the last block (B_l is n_l x d_model; for language "
+        "models), or `logits` (B_l is n_l x classes; for few classes). `auto`: the smaller.",
+    )
+    feedback_init: Literal["auto", "identity", "gaussian", "zero"] | None = _option(
+        "feedback_init",
+        "How B_l starts: `identity`, the Jacobian of the skip path, where h_l and y are of one size; `gaussian`, as in "
+        "DFA; `zero`. `auto`: identity where the sizes allow, else gaussian.",
+    )
+    feedback_rule: Literal["lms", "cosine", "ema"] | None = _option(
+        "feedback_rule",
+        "How B_l learns from the estimate J_hat_l: `cosine`, a gradient step on the columns' cosines (the paper); "
+        "`ema`, a moving average; `lms`, a moving average of what B_l did not predict, with far less noise.",
+    )
+    feedback_lr: float | None = _option(
+        "feedback_lr", "Learning rate eta_B of the feedback rule; for `cosine` it is per column."
+    )
+    feedback_normalize: bool | None = _option(
+        "feedback_normalize", "Bring the columns of B_l to unit length after each refinement."
+    )
+    jvp_mode: Literal["auto", "dual", "finite_difference"] | None = _option(
+        "jvp_mode",
+        "How tangents are computed: `dual` numbers (exact), or the `finite_difference` of two forwards. `auto`: "
+        "finite differences where the blocks are convolutions (cheaper) or an operator has no forward-mode rule.",
+    )
+    jvp_passes: Literal["joint", "per_block"] | None = _option(
+        "jvp_passes", "Perturb all boundaries in one `joint` pass, or one `per_block`: less noise, L-1 times the cost."
+    )
+    jvp_fraction: float | None = _option("jvp_fraction", "Share of the global batch that the estimate is made on.")
+    jvp_every: int | None = _option("jvp_every", "Estimate and refine every so many optimiser steps.")
+    perturbation_space: Literal["activation", "weight", "auto"] | None = _option(
+        "perturbation_space",
+        "What is perturbed: the boundary `activation`, or the `weight`s of the block in front of it, for the cosine "
+        "rule only (the estimate is then a direction). `auto`: for each block whichever has fewer numbers.",
+    )
+    calibration_strategy: Literal["no", "epoch", "steps", "adaptive"] | None = _option(
+        "calibration_strategy",
+        "When one optimiser step is ordinary backpropagation: `epoch`, at a random step in every calibration_interval "
+        "epochs; `steps`, every calibration_interval steps; `adaptive`, when the smoothed alignment falls below "
+        "calibration_threshold; or `no`.",
+    )
+    calibration_interval: float | None = _option(
+        "calibration_interval", "T: in epochs (also a fraction) for `epoch`, in optimiser steps for `steps`."
+    )
+    calibration_threshold: float = field(
+        default=0.3,
+        metadata={
+            "help": "For `adaptive`: calibrate when the smoothed mean cosine of B_l with J_hat_l, or with the exact "
+            "delta where alignment_steps measures it, is below this. Not in the paper."
+        },
+    )
+    calibration_cooldown: int = field(
+        default=100,
+        metadata={"help": "For `adaptive`: least number of optimiser steps between two calibrations. Not in the paper."},
+    )
+    calibration_refit: bool | None = _option(
+        "calibration_refit", "Fit B_l to the exact deltas of each calibration step by ridge regression."
+    )
+    alignment_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Measure the exact alignment cos(B_l e, delta_l) every so many optimiser steps by a backward on "
+            "the side (costs one step of ordinary backpropagation each time); 0: at calibration steps only."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Fill in the preset, refuse what cannot work, and go on with the arguments mixed with."""
+        self._check_choices()
+        for name, value in PRESETS[self.grape_preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self._check_numbers()
+        self._check_combinations()
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+
+    def _check_choices(self) -> None:
+        hints = get_type_hints(GrapeArgumentsMixin)
+        for option in dataclasses.fields(GrapeArgumentsMixin):
+            allowed = [c for part in (hints[option.name], *get_args(hints[option.name])) for c in _choices(part)]
+            value = getattr(self, option.name)
+            if allowed and value not in allowed and not (value is None and option.default is None):
+                raise ValueError(f"{option.name}={value!r}: expected one of {', '.join(map(repr, allowed))}.")
+
+    def _check_numbers(self) -> None:
+        ranges: dict[str, tuple[type, float, float]] = {
+            "blocks_per_feedback": (int, 1, float("inf")),
+            "feedback_lr": (float, 0, float("inf")),
+            "jvp_fraction": (float, 1e-9, 1),
+            "jvp_every": (int, 1, float("inf")),
+            "calibration_interval": (float, 1e-9, float("inf")),
+            "calibration_threshold": (float, -1, 1),
+            "calibration_cooldown": (int, 1, float("inf")),
+            "alignment_steps": (int, 0, float("inf")),
+        }
+        for name, (kind, low, high) in ranges.items():
+            value = getattr(self, name)
+            try:
+                number = kind(value)  # YAML reads 1e-3 as a string
+                valid = not isinstance(value, bool) and number == float(value) and low <= number <= high
+            except (TypeError, ValueError):
+                valid = False
+            if not valid:
+                lowest = {1e-9: "above 0"}.get(low, f"at least {low}")
+                limit = lowest if high == float("inf") else f"{lowest} and at most {high}"
+                raise ValueError(f"{name}={value!r}: expected {'a whole' if kind is int else 'a'} number, {limit}.")
+            setattr(self, name, number)
+        for name in ("feedback_normalize", "calibration_refit"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False.")
+
+    def _check_combinations(self) -> None:
+        if self.method == "bp":
+            return
+        if self.method == "grape" and self.perturbation_space != "activation" and self.feedback_rule != "cosine":
+            raise ValueError(
+                f"perturbation_space={self.perturbation_space!r} estimates a direction, not the Jacobian, which only "
+                f'feedback_rule="cosine" can use; got feedback_rule={self.feedback_rule!r}. Use '
+                'perturbation_space="activation".'
+            )
+        if self.calibration_strategy == "steps" and self.calibration_interval != int(self.calibration_interval or 0):
+            raise ValueError(
+                'calibration_strategy="steps" counts optimiser steps: expected a whole calibration_interval, got '
+                f"{self.calibration_interval}."
+            )
+        if self.calibration_strategy == "adaptive" and self.method == "dfa" and not self.alignment_steps:
+            raise ValueError(
+                'calibration_strategy="adaptive" watches the alignment, and method="dfa" makes no estimate of it. Set '
+                "alignment_steps to measure the exact one, or use another strategy."
+            )
+        if self.calibration_refit and self.calibration_strategy == "no":
+            raise ValueError(
+                "calibration_refit=True fits B_l at calibration steps, and there are none: set calibration_strategy."
+            )
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if getattr(hint, "__origin__", None) is Literal else ()
+
+
+@dataclass
+class GrapeTrainingArguments(GrapeArgumentsMixin, TrainingArguments):
+    """``transformers.TrainingArguments`` with GrAPE's options; see ``GrapeArgumentsMixin`` for those."""
