@@ -218,8 +218,82 @@ def run(study: dict[str, Any], cell: Cell, blocks: DatasetDict, cells: Path) -> 
 
 
 def report(study: dict[str, Any], folder: Path) -> None:
-    """Write table.md and the plots from the finished cells."""
-    del study, folder  # written below
+    """Write table.md and curves.png from the finished cells."""
+    results = [json.loads(path.read_text()) for path in sorted((folder / "cells").glob("*.json"))]
+    if not results:
+        return
+    best = {method: at_best_rate(results, method) for method in study["methods"]}
+    best = {method: cells for method, cells in best.items() if cells}
+    bp = mean(best.get("bp", []))
+    rates = study["learning_rates"]
+    lines = [
+        f"Validation perplexity per token (BPE {study['vocab_size']:,}), whole held-out novels, {study['steps']:,} steps. "
+        f"Mean and range over the seeds at the best rate; the rates are compared on seed {study['seeds'][0]}.",
+        "",
+        "| method | rate | seeds | perplexity | of BP's | per rate: " + ", ".join(f"{r:g}" for r in rates) + " | exact "
+        "alignment at the end, h_1 .. h_5 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for method, cells in best.items():
+        values = [cell["perplexity"] for cell in cells]
+        first = {r["learning_rate"]: r for r in results if r["method"] == method and r["seed"] == study["seeds"][0]}
+        by_rate = ", ".join(f"{first[r]['perplexity']:.1f}" if r in first else "-" for r in rates)
+        ratio = f"{mean(cells) / bp:.3f}" if bp else "-"
+        lines.append(
+            f"| {method} | {cells[0]['learning_rate']:g} | {len(cells)} | {mean(cells):.1f} "
+            f"({min(values):.1f}-{max(values):.1f}) | {ratio} | {by_rate} | {last_alignment(cells[0])} |"
+        )
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    plot(best, folder / "curves.png")
+
+
+def at_best_rate(results: list[dict[str, Any]], method: str) -> list[dict[str, Any]]:
+    """Return the cells of a method at the rate whose first seed has the lowest perplexity, by seed."""
+    of_method = [r for r in results if r["method"] == method]
+    if not of_method:
+        return []
+    first = min(r["seed"] for r in of_method)
+    rate = min((r for r in of_method if r["seed"] == first), key=lambda r: r["perplexity"])["learning_rate"]
+    return sorted((r for r in of_method if r["learning_rate"] == rate), key=lambda r: r["seed"])
+
+
+def mean(cells: list[dict[str, Any]]) -> float:
+    """Mean perplexity; NaN of none."""
+    return sum(cell["perplexity"] for cell in cells) / len(cells) if cells else math.nan
+
+
+def last_alignment(cell: dict[str, Any]) -> str:
+    """The last exact alignment of each boundary that was logged."""
+    logged = [entry for entry in cell["log_history"] if "alignment/exact/mean" in entry]
+    if not logged:
+        return "-"
+    names = [name for name in logged[-1] if name.startswith("alignment/exact/h_")]
+    return " ".join(f"{logged[-1][name]:.2f}" for name in names)
+
+
+def plot(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw validation perplexity over steps, a line a method at its best rate, its seeds as a band."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=plt.colormaps["tab10"].colors)
+    for (method, cells), style in zip(best.items(), ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))), strict=False):
+        curves = [[(e["step"], math.exp(e["eval_loss"])) for e in c["log_history"] if "eval_loss" in e] for c in cells]
+        steps = [step for step, _ in curves[0][:-1]]  # the last entry is of the whole split
+        values = list(zip(*([value for _, value in curve[:-1]] for curve in curves), strict=False))
+        label = f"{method}, rate {cells[0]['learning_rate']:g}, {len(cells)} seeds"
+        axes.plot(steps, [sum(v) / len(v) for v in values], linestyle=style, label=label)
+        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.2)
+    axes.set(xlabel="optimiser step", ylabel="validation perplexity per token", yscale="log")
+    axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
