@@ -38,7 +38,8 @@ def delta_products(forwards: Sequence[Forward], B: Sequence[Tensor], mask: Tenso
         total = torch.zeros(3, dtype=b.dtype, device=b.device)
         for forward in forwards:
             _, delta = exact_pair(forward, index)
-            assert forward.y is not None and forward.y.grad is not None
+            assert forward.y is not None
+            assert forward.y.grad is not None
             feedback = as_vectors(project_error(forward.y.grad, b, forward.h[index].shape, mask)).to(delta)
             products = (feedback * delta).sum(), feedback.square().sum(), delta.square().sum()
             total += torch.stack(products).to(total)

@@ -9,13 +9,13 @@ mode, always set by a ``with``, says what they do in a step; without a mode the 
 - ``record``: keep h_l and y of an ordinary forward, for the exact delta_l.
 - ``perturb``: replace each h_l by what a function returns for it, and hand out y (forward-mode estimates).
 
-``h``, ``e`` and ``y`` are seen as vectors: ``(batch, positions, n)`` with one position for what is not a sequence, maps
-``(batch, C, H, W)`` flattened. Where y has other positions than h_l (a classifier), e_b is summed over positions and the
-same B_l e_b goes to each position of h_l.
+``h``, ``e`` and ``y`` are seen as vectors: ``(batch, positions, n)`` with one position for what is not a sequence, and
+maps ``(batch, C, H, W)`` flattened. Where y has other positions than h_l (a classifier), e_b is summed over positions
+and the same B_l e_b goes to each position of h_l.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +108,7 @@ class Forward:
     y: Tensor | None = None
 
 
-class OutputReached(Exception):  # noqa: N818  a jump out of the forward, not an error
+class OutputReached(Exception):
     """Raised at y by ``perturb``, which also catches it, so that nothing behind y is computed."""
 
 
@@ -187,11 +187,8 @@ class Boundaries:
             RuntimeError: if the forward ended without reaching y.
         """
         mode = _PerturbMode(inject)
-        with self._in_mode(mode):
-            try:
-                yield mode.forward
-            except OutputReached:
-                pass
+        with self._in_mode(mode), suppress(OutputReached):
+            yield mode.forward
         if mode.forward.y is None:
             raise RuntimeError("the forward ended before the output of the last block or head was computed.")
 
@@ -248,8 +245,8 @@ class _BroadcastMode(_Mode):
         if self.waiting and index <= max(self.waiting):
             raise RuntimeError(
                 f"block {index + 1} ({type(block).__name__}) ran after block {max(self.waiting) + 1}, before the output "
-                "y was reached. Direct feedback needs blocks that run once each, in order, in every forward that leads "
-                'to y. With several forwards for one head use feedback_space="hidden"; else name other blocks.'
+                "y was reached. Direct feedback needs blocks that run once each, in order, in every forward up to y. "
+                'With several forwards for one head use feedback_space="hidden"; else name other blocks.'
             )
         self.waiting[index] = None
         if h.requires_grad:

@@ -94,7 +94,9 @@ def refine_lms(B: Tensor, residual: Tensor, lr: float | Tensor) -> Tensor:
 def refit(B: Tensor, ee: Tensor, ed: Tensor, ridge: float = 0.1) -> Tensor:
     r"""Fit B_l to exact deltas by ridge regression, shrinking towards the present B_l.
 
-    .. math:: B^\top + \left(E^\top E + \lambda \tfrac{\mathrm{tr}(E^\top E)}{n_y} I\right)^{-1} E^\top (\Delta - E B^\top)
+    .. math::
+        B^\top + \left(E^\top E + \lambda \tfrac{\mathrm{tr}(E^\top E)}{n_y} I\right)^{-1}
+        E^\top (\Delta - E B^\top)
 
     Args:
         B: ``(n_l, n_y)``.
@@ -122,7 +124,9 @@ def refit_moments(forwards: Sequence[Forward], n_boundaries: int) -> list[tuple[
 
 
 def exact_pair(forward: Forward, index: int) -> tuple[Tensor, Tensor]:
-    """Return e, ``(batch, positions or 1, n_y)``, and the exact delta_l, ``(batch, positions, n_l)``, in float32 at least.
+    """Return e, ``(batch, positions or 1, n_y)``, and the exact delta_l, ``(batch, positions, n_l)``.
+
+    Both are in float32 at least.
 
     Raises:
         RuntimeError: if the backward left one of the two without a gradient.

@@ -51,11 +51,11 @@ def isolated(model: nn.Module, deterministic: bool = True) -> Iterator[None]:
 @contextmanager
 def _random_states(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    python, numpy_state = random.getstate(), np.random.get_state()
+    python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  the global one is meant
     device_type = next((d.type for d in devices), "cuda")
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices], device_type=device_type):
         try:
             yield
         finally:
             random.setstate(python)
-            np.random.set_state(numpy_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002

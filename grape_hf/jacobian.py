@@ -216,7 +216,7 @@ def _weight_tangent(
     h: Tensor, block: nn.Module, args: tuple, kwargs: dict, p: dict[str, Tensor], mode: JvpMode
 ) -> tuple[Tensor, Tensor]:
     """Return u = (dh/dW) p_W, scaled by c to the size of h, and u / c. The block's inputs are held fixed."""
-    weights = dict(block.named_parameters())
+    weights: dict[str, Tensor] = dict(block.named_parameters())
     if mode == "dual":
         args, kwargs = tree_map(_primal, (args, kwargs))
         weights = {name: forward_ad.make_dual(w, p[name]) for name, w in weights.items()}
@@ -224,7 +224,9 @@ def _weight_tangent(
         if u is None:
             raise ForwardModeError(f"{type(block).__name__} dropped the tangent of its weights.")
     else:
-        size = torch.stack([w.square().sum() for w in weights.values()]).sum() / sum(w.numel() for w in weights.values())
+        size = torch.stack([w.square().sum() for w in weights.values()]).sum() / sum(
+            w.numel() for w in weights.values()
+        )
         eps = _STEP[h.dtype] * size.sqrt()
         weights = {name: w + eps * p[name] for name, w in weights.items()}
         u = (_hidden(functional_call(block, weights, args, kwargs)) - h) / eps

@@ -7,7 +7,6 @@ step starts from; the refined feedback is first used in the step after, so that 
 same step.
 """
 
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +14,7 @@ from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,46 +40,36 @@ class GrapeRun:
         model: the model; hooks are attached by ``start`` and taken off by ``close``.
         options: GrAPE's options.
         seed: seed of the estimates, of a gaussian start and of the calibration schedule.
-        steps_per_epoch: optimiser steps in an epoch, None where unknown.
 
     Raises:
-        ValueError: if no blocks are found, or an option does not suit the model or the data.
+        ValueError: if no blocks are found, or an option does not suit the model.
     """
 
-    def __init__(
-        self, model: nn.Module, options: GrapeArgumentsMixin, seed: int = 0, steps_per_epoch: int | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, options: GrapeArgumentsMixin, seed: int = 0) -> None:
         self.model, self.options, self.seed = model, options, seed
         named = feedback_blocks(find_blocks(model, options.blocks), options.blocks_per_feedback)
         self.block_names, self.blocks = list(named)[:-1], list(named.values())
-        self.schedule = CalibrationSchedule(
-            options.calibration_strategy or "no",
-            options.calibration_interval or 1.0,
-            options.calibration_threshold,
-            options.calibration_cooldown,
-            seed,
-            steps_per_epoch,
-        )
         if options.feedback_space == "logits":
             find_head(model)
-        self.is_bp = options.method == "bp" or len(self.blocks) == 1
         self.current_step: int | None = None
         self.calibrating = False
         self.metrics: dict[str, Tensor | float] = {}
         self._hooks = ExitStack()
         self._started = False
 
-    def start(self, forward: Callable[[], object]) -> None:
+    def start(self, forward: Callable[[], object], steps_per_epoch: int | None = None) -> None:
         """Look at the shapes in one forward, make the feedback matrices, attach the hooks.
 
         Args:
             forward: runs the model on a sample or more.
+            steps_per_epoch: optimiser steps in an epoch, None where unknown.
 
         Raises:
-            ValueError: if ``feedback_init`` does not suit the shapes found.
+            ValueError: if ``feedback_init`` does not suit the shapes found, or the schedule the length of an epoch.
             RuntimeError: if the blocks do not run once each, in order.
         """
         self._close_hooks()
+        self.schedule = calibration_schedule(self.options, self.seed, steps_per_epoch)
         space, output = self._output(forward)
         sizes, n_y = probe_sizes(self.model, Boundaries(self.blocks, output), forward)
         init = self.options.feedback_init or "auto"
@@ -122,6 +109,11 @@ class GrapeRun:
         self._estimate = JacobianSum()
         self._products: Tensor | None = None
         self._moments: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def single_block(self) -> bool:
+        """Whether there is no feedback point, so that every step is ordinary backpropagation."""
+        return len(self.blocks) == 1
 
     @property
     def estimating(self) -> bool:
@@ -221,9 +213,7 @@ class GrapeRun:
             if not self._estimate.sums:  # other ranks may hold the samples
                 zeros = [b.new_zeros(b.mT.shape) for b in self.feedback.B]
                 self._estimate.add(zeros, [torch.zeros((), dtype=torch.int64, device=b.device) for b in zeros])
-            estimate = JacobianSum(
-                [total(s) for s in self._estimate.sums], [total(n) for n in self._estimate.counts]
-            )
+            estimate = JacobianSum([total(s) for s in self._estimate.sums], [total(n) for n in self._estimate.counts])
             self._log_alignment("estimate", feedback_alignment(self.feedback.B, self.feedback.jacobians(estimate)))
             self.feedback.refine(estimate)
         if self._products is not None:
@@ -286,7 +276,7 @@ class GrapeRun:
 
     def _jvp_mode(self) -> JvpMode:
         if self.options.jvp_mode in ("dual", "finite_difference"):
-            return self.options.jvp_mode  # type: ignore[return-value]
+            return self.options.jvp_mode
         convolutions = (nn.Conv2d, nn.Conv3d)
         # On convolutions a dual forward costs 3.4 to 5.9 forwards, two for a finite difference (DESIGN.md).
         found = any(isinstance(m, convolutions) for block in self.blocks for m in block.modules())
@@ -308,6 +298,18 @@ class GrapeRun:
         self.schedule.observe(cosines.mean())
         self.metrics[f"alignment/{kind}/mean"] = cosines.mean()
         self.metrics |= {f"alignment/{kind}/h_{i}": c for i, c in enumerate(cosines, 1)}
+
+
+def calibration_schedule(options: GrapeArgumentsMixin, seed: int, steps_per_epoch: int | None) -> CalibrationSchedule:
+    """Make the schedule that the options ask for; see ``CalibrationSchedule`` for what is refused."""
+    return CalibrationSchedule(
+        "no" if options.method == "bp" else options.calibration_strategy or "no",
+        options.calibration_interval or 1.0,
+        options.calibration_threshold,
+        options.calibration_cooldown,
+        seed,
+        steps_per_epoch,
+    )
 
 
 def feedback_blocks(blocks: dict[str, nn.Module], per_feedback: int) -> dict[str, nn.Module]:

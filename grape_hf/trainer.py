@@ -10,7 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +18,28 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
-from grape_hf.run import GrapeRun
+from grape_hf.run import GrapeRun, calibration_schedule
 from grape_hf.training_args import GrapeArgumentsMixin
 
 logger = logging.getLogger(__name__)
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base  # a mixin's methods may call what the Trainer beside it has
+else:
+    _Base = object
 
-class GrapeMixin:
+
+class GrapeMixin(_Base):
     """GrAPE for any ``Trainer`` subclass: ``class MyTrainer(GrapeMixin, SFTTrainer)``.
 
     The arguments may be of any kind; where they carry no GrAPE options (``GrapeArgumentsMixin``) the defaults hold.
 
+    Attributes:
+        grape_options: GrAPE's options, with the preset's values filled in.
+
     Raises:
         ValueError: at construction, if no blocks are found in the model or an option does not suit it.
     """
-
-    args: Any
-    model: Any
-    state: Any
-    accelerator: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,19 +47,15 @@ class GrapeMixin:
         self._resumed_from: Path | None = None
         self._steps_per_epoch: int | None = None
         self._micro_batch = 0
-        self._refuse_settings()
-        run = GrapeRun(self.model, self._options_without_epoch(), self.args.seed)  # refuses now what it can
-        if run.is_bp and self.grape_options.method != "bp":
-            logger.warning(
-                f"{type(self.model).__name__} has a single block: there is no feedback point in it, and "
-                f'method="{self.grape_options.method}" is ordinary backpropagation.'
-            )
-
-    @property
-    def grape_options(self) -> GrapeArgumentsMixin:
-        """GrAPE's options, as the arguments say now (a hyperparameter search changes them)."""
-        names = [option.name for option in dataclasses.fields(GrapeArgumentsMixin)]
-        return GrapeArgumentsMixin(**{name: getattr(self.args, name) for name in names if hasattr(self.args, name)})
+        self.grape_options = options_of(self.args)
+        if self.grape_options.method != "bp":
+            self._refuse_settings()
+            run = GrapeRun(self.model, self.grape_options, self.args.seed)  # refuses now what it can
+            if run.single_block:
+                logger.warning(
+                    f"{type(self.model).__name__} has a single block and so no feedback point: "
+                    f'method="{self.grape_options.method}" is ordinary backpropagation here.'
+                )
 
     @property
     def feedback(self) -> list[Tensor]:
@@ -65,9 +64,9 @@ class GrapeMixin:
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Train on one micro-batch: an estimate where one is due, then the stock step in a star or a chain."""
-        run = self._run or self._new_run()
-        if run.is_bp:
-            return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        run = self._current_run()
+        if run is None:
+            return super().training_step(model, inputs, *args, **kwargs)
         if not run.started:
             self._start(run, inputs)
         self._micro_batch = self._micro_batch + 1 if run.current_step == self.state.global_step else 0
@@ -78,7 +77,7 @@ class GrapeMixin:
             prepared = self._prepare_inputs(inputs)
             run.measure(lambda: self._loss(prepared), self._padding_mask(prepared))
         with run.step(self._padding_mask(inputs)):
-            loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            loss = super().training_step(model, inputs, *args, **kwargs)
         if self.accelerator.sync_gradients:
             run.finish_step(lambda t: self.accelerator.reduce(t, reduction="sum"))
         return loss
@@ -98,62 +97,56 @@ class GrapeMixin:
         with self.compute_loss_context_manager():
             return self.compute_loss(self.model, dict(inputs))  # a copy: compute_loss takes labels out
 
-    def _new_run(self) -> GrapeRun:
-        self._run = GrapeRun(self.model, self.grape_options, self.args.seed, self._steps_per_epoch)
-        return self._run
+    def _current_run(self) -> GrapeRun | None:
+        """The run under way, begun now if this is the first step; None where every step is ordinary."""
+        if self._run is None and self.grape_options.method != "bp":
+            self._run = GrapeRun(self.model, self.grape_options, self.args.seed)
+        return None if self._run is None or self._run.single_block else self._run
 
     def _start(self, run: GrapeRun, inputs: dict[str, Any]) -> None:
         sample = self._prepare_inputs(take_samples(inputs, [0], find_batch_size(inputs) or 1))
-        run.start(lambda: self._loss(sample))
+        run.start(lambda: self._loss(sample), self._steps_per_epoch)
         if self._resumed_from is not None:
             run.load(self._resumed_from)
-            run.begin_step(-1)
 
     def _padding_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
         mask = inputs.get("attention_mask")
         return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # Entered once per train(), and again by auto_find_batch_size: each time a fresh run.
-        self._run, self._resumed_from = None, None
+        # Entered once per train(), and again by auto_find_batch_size: each time a fresh run, with the options that the
+        # arguments hold now (a hyperparameter search changes them).
+        self._run, self._resumed_from, self.grape_options = None, None, options_of(self.args)
         try:
-            return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
+            return super()._inner_training_loop(*args, **kwargs)
         finally:
             if self._run is not None:
                 self._run.close()
 
     def set_initial_training_values(self, args: Any, dataloader: Any, *rest: Any) -> Any:
         """Note the length of an epoch, which the calibration schedule needs; refuse here if it needs and lacks it."""
-        values = super().set_initial_training_values(args, dataloader, *rest)  # type: ignore[misc]
+        values = super().set_initial_training_values(args, dataloader, *rest)
         self._steps_per_epoch = values[1] if has_length(dataloader) else None
-        GrapeRun(self.model, self.grape_options, self.args.seed, self._steps_per_epoch)
+        calibration_schedule(self.grape_options, self.args.seed, self._steps_per_epoch)
         return values
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add alignment, and the share of calibration steps, to what is logged of the training."""
         if "loss" in logs and self._run is not None and self._run.started:
             logs.update(self._run.read_metrics())
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        super()._save_optimizer_and_scheduler(output_dir)
         if self._run is not None and self._run.started and self.args.should_save:
             self._run.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        super()._load_optimizer_and_scheduler(checkpoint)
         # The matrices are read when their shapes are known, at the first step.
         self._resumed_from = None if checkpoint is None else Path(checkpoint)
 
-    def _options_without_epoch(self) -> GrapeArgumentsMixin:
-        """The options for a look at the model alone: how long an epoch is turns out when training starts."""
-        options = self.grape_options
-        strategy = "no" if options.calibration_strategy == "epoch" else options.calibration_strategy
-        return dataclasses.replace(options, calibration_strategy=strategy, calibration_refit=False)
-
     def _refuse_settings(self) -> None:
-        if self.grape_options.method == "bp":
-            return
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas the hooks cannot tell "
@@ -175,6 +168,12 @@ class GrapeTrainer(GrapeMixin, Trainer):
 
     With ``method="bp"`` it is the stock Trainer, bit for bit.
     """
+
+
+def options_of(args: Any) -> GrapeArgumentsMixin:
+    """Return GrAPE's options out of training arguments of any kind; the defaults where they carry none."""
+    names = [option.name for option in dataclasses.fields(GrapeArgumentsMixin)]
+    return GrapeArgumentsMixin(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def take_samples(inputs: Any, chosen: list[int], batch: int) -> Any:

@@ -140,7 +140,9 @@ class GrapeArgumentsMixin:
     )
     calibration_cooldown: int = field(
         default=100,
-        metadata={"help": "For `adaptive`: least number of optimiser steps between two calibrations. Not in the paper."},
+        metadata={
+            "help": "For `adaptive`: least number of optimiser steps between two calibrations. Not in the paper."
+        },
     )
     calibration_refit: bool | None = _option(
         "calibration_refit", "Fit B_l to the exact deltas of each calibration step by ridge regression."

@@ -59,7 +59,9 @@ class TwoTowers(nn.Module):
 
 def test_two_towers_are_refused_until_one_is_named():
     model = TwoTowers()
-    with pytest.raises(ValueError, match=r"query.layer \(3 x Sequential\), document.layer \(2 x Sequential\).*Name one"):
+    with pytest.raises(
+        ValueError, match=r"query.layer \(3 x Sequential\), document.layer \(2 x Sequential\).*Name one"
+    ):
         find_blocks(model)
     assert list(find_blocks(model, "document.layer")) == ["document.layer.0", "document.layer.1"]
 

@@ -79,9 +79,7 @@ def test_zero_feedback_trains_the_last_block_and_the_head_only():
     with boundaries.attached(), boundaries.broadcast(zeros):
         got = gradients(model, F.mse_loss(model(x), target))
     exact = ("blocks.2", "head")
-    assert_same(
-        got, {name: g if name.startswith(exact) else torch.zeros_like(g) for name, g in expected.items()}
-    )
+    assert_same(got, {name: g if name.startswith(exact) else torch.zeros_like(g) for name, g in expected.items()})
 
 
 def test_each_boundary_gets_b_times_e():

@@ -26,7 +26,9 @@ def test_the_step_in_an_epoch_is_random_and_seeded():
 
 
 def test_every_step_of_an_epoch_can_be_it():
-    chosen = {s % 4 for seed in range(20) for s in days(CalibrationSchedule("epoch", 1, seed=seed, steps_per_epoch=4), 8)}
+    chosen = {
+        s % 4 for seed in range(20) for s in days(CalibrationSchedule("epoch", 1, seed=seed, steps_per_epoch=4), 8)
+    }
     assert chosen == {0, 1, 2, 3}
 
 
@@ -85,7 +87,7 @@ def test_state_survives():
 
 
 def test_an_unknown_or_too_short_epoch_is_refused():
-    with pytest.raises(ValueError, match="streaming.*calibration_strategy=\"steps\""):
+    with pytest.raises(ValueError, match='streaming.*calibration_strategy="steps"'):
         CalibrationSchedule("epoch", 1.0)
     with pytest.raises(ValueError, match="less than one optimiser step: an epoch has 5"):
         CalibrationSchedule("epoch", 0.1, steps_per_epoch=5)

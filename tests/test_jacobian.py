@@ -66,7 +66,9 @@ def oracle(model: nn.Module, boundaries: Boundaries, x: Tensor) -> list[Tensor]:
     return result
 
 
-def mean_estimate(boundaries: Boundaries, forward, draws: int, batch: int, **kwargs) -> tuple[list[Tensor], list[Tensor]]:
+def mean_estimate(
+    boundaries: Boundaries, forward, draws: int, batch: int, **kwargs
+) -> tuple[list[Tensor], list[Tensor]]:
     """Mean and standard error (Frobenius) of the estimates over ``draws`` independent passes."""
     samples: list[list[Tensor]] = []
     with boundaries.attached():
@@ -119,9 +121,7 @@ def test_the_error_falls_with_the_root_of_the_number_of_draws():
             estimates.append(sums[0] / counts[0])
     stacked = torch.stack(estimates)
     # Root mean square error of the mean of n draws, over all disjoint groups of n.
-    errors = [
-        (stacked.unflatten(0, (-1, n)).mean(1) - expected).square().sum((1, 2)).mean().sqrt() for n in numbers
-    ]
+    errors = [(stacked.unflatten(0, (-1, n)).mean(1) - expected).square().sum((1, 2)).mean().sqrt() for n in numbers]
     x_axis, y_axis = torch.tensor(numbers).double().log(), torch.stack(errors).log()
     slope = ((x_axis - x_axis.mean()) * (y_axis - y_axis.mean())).sum() / (x_axis - x_axis.mean()).square().sum()
     # The last point is a mean of 4 groups of 12 numbers: a relative error of 1/sqrt(2*48) = 0.1 there moves the slope

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import yaml
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import DatasetDict, load_dataset
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
@@ -227,8 +227,8 @@ def report(study: dict[str, Any], folder: Path) -> None:
     bp = mean(best.get("bp", []))
     rates = study["learning_rates"]
     lines = [
-        f"Validation perplexity per token (BPE {study['vocab_size']:,}), whole held-out novels, {study['steps']:,} steps. "
-        f"Mean and range over the seeds at the best rate; the rates are compared on seed {study['seeds'][0]}.",
+        f"Validation perplexity per token (BPE {study['vocab_size']:,}), whole held-out novels, {study['steps']:,} "
+        f"steps. Mean and range over the seeds at the best rate; the rates are compared on seed {study['seeds'][0]}.",
         "",
         "| method | rate | seeds | perplexity | of BP's | per rate: " + ", ".join(f"{r:g}" for r in rates) + " | exact "
         "alignment at the end, h_1 .. h_5 |",
