@@ -244,8 +244,8 @@ class _BroadcastMode(_Mode):
             return h
         if self.waiting and index <= max(self.waiting):
             raise RuntimeError(
-                f"block {index + 1} ({type(block).__name__}) ran after block {max(self.waiting) + 1}, before the output "
-                "y was reached. Direct feedback needs blocks that run once each, in order, in every forward up to y. "
+                f"block {index + 1} ({type(block).__name__}) ran after block {max(self.waiting) + 1}, before y was "
+                "reached. Direct feedback needs blocks that run once each, in order, in every forward that leads to y. "
                 'With several forwards for one head use feedback_space="hidden"; else name other blocks.'
             )
         self.waiting[index] = None

@@ -78,6 +78,8 @@ def test_what_cannot_be_found_is_said():
     model = tiny("gpt2")
     with pytest.raises(ValueError, match=r"'transformer.layers' does not exist.*transformer.h \(3 x GPT2Block\)"):
         find_blocks(model, "transformer.layers")
+    with pytest.raises(ValueError, match="'former.h' does not exist"):
+        find_blocks(model, "former.h")
     with pytest.raises(ValueError, match="'mlp' stands for several modules: transformer.h.0.mlp"):
         find_blocks(model, "mlp")
     with pytest.raises(ValueError, match="transformer.drop .Dropout. has no parameters"):

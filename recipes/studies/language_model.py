@@ -33,6 +33,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
 
 TOP = Path(__file__).parents[2]
+# Of the code that this process has loaded, whatever is committed while it runs.
+COMMIT = subprocess.run(["git", "rev-parse", "HEAD"], cwd=TOP, capture_output=True, text=True).stdout.strip()
 EVAL_BLOCKS = 1024  # for the curves; the final figure is of the whole validation split
 
 
@@ -196,7 +198,7 @@ def run(study: dict[str, Any], cell: Cell, blocks: DatasetDict, cells: Path) -> 
     )
     started = time.time()
     seconds = trainer.train().metrics["train_runtime"]
-    loss = trainer.evaluate(blocks["validation"])["eval_loss"]
+    loss = per_token(trainer.evaluate(blocks["validation"])["eval_loss"], study["context"])
     result = {
         "method": cell.method,
         "learning_rate": cell.learning_rate,
@@ -205,7 +207,7 @@ def run(study: dict[str, Any], cell: Cell, blocks: DatasetDict, cells: Path) -> 
         "validation_loss": loss,
         "perplexity": math.exp(loss),
         "seconds": round(seconds),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=TOP, capture_output=True, text=True).stdout.strip(),
+        "commit": COMMIT,
         "finished": time.strftime("%Y-%m-%d %H:%M", time.gmtime(started + seconds)),
         "torch": torch.__version__,
         "log_history": trainer.state.log_history[:-1],
@@ -215,6 +217,14 @@ def run(study: dict[str, Any], cell: Cell, blocks: DatasetDict, cells: Path) -> 
     path.with_suffix(".part").rename(path)
     (cells / f"{cell.name}.lock").unlink()
     print(f"{cell.name}: perplexity {result['perplexity']:.2f} in {seconds:.0f} s", flush=True)
+
+
+def per_token(loss: float, context: int) -> float:
+    """Undo the Trainer's count: it divides GPT-2's loss by all ``context`` labels, of which the first is not predicted.
+
+    (transformers 5.23 leaves it out only where the model's ``loss_type`` names the loss, and GPT-2's is None.)
+    """
+    return loss * context / (context - 1)
 
 
 def report(study: dict[str, Any], folder: Path) -> None:
@@ -245,7 +255,7 @@ def report(study: dict[str, Any], folder: Path) -> None:
         )
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    plot(best, folder / "curves.png")
+    plot(best, study["context"], folder / "curves.png")
 
 
 def at_best_rate(results: list[dict[str, Any]], method: str) -> list[dict[str, Any]]:
@@ -272,7 +282,7 @@ def last_alignment(cell: dict[str, Any]) -> str:
     return " ".join(f"{logged[-1][name]:.2f}" for name in names)
 
 
-def plot(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def plot(best: dict[str, list[dict[str, Any]]], context: int, path: Path) -> None:
     """Draw validation perplexity over steps, a line a method at its best rate, its seeds as a band."""
     import matplotlib
 
@@ -282,7 +292,10 @@ def plot(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     plt.rcParams["axes.prop_cycle"] = plt.cycler(color=plt.colormaps["tab10"].colors)
     for (method, cells), style in zip(best.items(), ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))), strict=False):
-        curves = [[(e["step"], math.exp(e["eval_loss"])) for e in c["log_history"] if "eval_loss" in e] for c in cells]
+        curves = [
+            [(e["step"], math.exp(per_token(e["eval_loss"], context))) for e in c["log_history"] if "eval_loss" in e]
+            for c in cells
+        ]
         steps = [step for step, _ in curves[0][:-1]]  # the last entry is of the whole split
         values = list(zip(*([value for _, value in curve[:-1]] for curve in curves), strict=False))
         label = f"{method}, rate {cells[0]['learning_rate']:g}, {len(cells)} seeds"
