@@ -227,11 +227,15 @@ class GrapeRun:
         self.metrics["calibration/share"] = self.schedule.count / (self.current_step + 1)
 
     def read_metrics(self) -> dict[str, float]:
-        """Return what there is to log since the last call, with a single transfer from the device."""
+        """Return what there is to log, with a single transfer from the device.
+
+        The alignment with the estimate is the last one made; the exact alignment is there if it was measured since the
+        last call.
+        """
         tensors = {name: value for name, value in self.metrics.items() if isinstance(value, Tensor)}
         values = torch.stack([t.float() for t in tensors.values()]).tolist() if tensors else []
-        read = {k: v for k, v in self.metrics.items() if not isinstance(v, Tensor)}
-        self.metrics = {}
+        read = {name: value for name, value in self.metrics.items() if not isinstance(value, Tensor)}
+        self.metrics = {name: value for name, value in self.metrics.items() if not name.startswith("alignment/exact")}
         return read | dict(zip(tensors, values, strict=True))
 
     def save(self, folder: Path) -> None:
@@ -243,9 +247,16 @@ class GrapeRun:
     def load(self, folder: Path) -> None:
         """Read them back; see ``Feedback.load`` for what is refused."""
         self.feedback.load(folder / FEEDBACK_NAME, self.block_names)
-        state = json.loads((folder / STATE_NAME).read_text())
-        self.schedule.load_state_dict(state["schedule"])
-        self.jvp_mode = state["jvp_mode"]
+        path = folder / STATE_NAME
+        try:
+            state = json.loads(path.read_text())
+            self.schedule.load_state_dict(state["schedule"])
+            self.jvp_mode = state["jvp_mode"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"cannot read the calibration schedule in {path}: {error!r}. The checkpoint is incomplete: resume from "
+                "another one that GrapeTrainer wrote."
+            ) from error
 
     def _close_hooks(self) -> None:
         self._hooks.close()
@@ -335,6 +346,7 @@ def probe_sizes(model: nn.Module, boundaries: Boundaries, forward: Callable[[], 
         return h
 
     with isolated(model), torch.no_grad(), boundaries.attached(), boundaries.perturb(look) as passed:
+        model.eval()  # a batch norm has no batch statistics of one sample
         forward()
     order = [index for index, _ in seen]
     if order != list(range(len(boundaries))):

@@ -62,11 +62,14 @@ class GrapeMixin(_Base):
         """The feedback matrices B_1 .. B_{L-1} of the last run, each ``(n_l, n_y)``; empty before the first step."""
         return self._run.feedback.B if self._run is not None and hasattr(self._run, "feedback") else []
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Train on one micro-batch: an estimate where one is due, then the stock step in a star or a chain."""
         run = self._current_run()
         if run is None:
-            return super().training_step(model, inputs, *args, **kwargs)
+            return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+        model.train()  # as the stock step does: an evaluation before it must not change the estimate
         if not run.started:
             self._start(run, inputs)
         self._micro_batch = self._micro_batch + 1 if run.current_step == self.state.global_step else 0
@@ -75,9 +78,9 @@ class GrapeMixin(_Base):
             self._estimate(run, inputs)
         if run.measuring:
             prepared = self._prepare_inputs(inputs)
-            run.measure(lambda: self._loss(prepared), self._padding_mask(prepared))
+            run.measure(lambda: self._loss(prepared, num_items_in_batch), self._padding_mask(prepared))
         with run.step(self._padding_mask(inputs)):
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
         if self.accelerator.sync_gradients:
             run.finish_step(lambda t: self.accelerator.reduce(t, reduction="sum"))
         return loss
@@ -93,9 +96,10 @@ class GrapeMixin(_Base):
             taken = self._prepare_inputs(take_samples(inputs, chosen, batch))
             run.estimate(lambda: self._loss(taken), [places[i] for i in chosen], self._padding_mask(taken))
 
-    def _loss(self, inputs: dict[str, Any]) -> Tensor:
+    def _loss(self, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         with self.compute_loss_context_manager():
-            return self.compute_loss(self.model, dict(inputs))  # a copy: compute_loss takes labels out
+            # A copy: compute_loss takes labels out.
+            return self.compute_loss(self.model, dict(inputs), num_items_in_batch=num_items_in_batch)
 
     def _current_run(self) -> GrapeRun | None:
         """The run under way, begun now if this is the first step; None where every step is ordinary."""
