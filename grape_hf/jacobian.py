@@ -17,10 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from grape_hf.boundaries import Boundaries, align_positions, as_vectors
@@ -254,6 +256,35 @@ def _count(a: Tensor, mask: Tensor | None) -> Tensor:
     return torch.tensor(a.shape[0] * a.shape[1], device=a.device)
 
 
+_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+# Functions that are linear, but for a bias, in each of their arguments: the place of the bias, and the bare product.
+_LINEAR: dict[Callable[..., Any], tuple[int | None, Callable[..., Any]]] = {
+    F.linear: (2, lambda x, weight, bias=None: F.linear(x, weight)),
+    torch.addmm: (0, lambda bias, x, weight: torch.mm(x, weight)),
+    **{product: (None, product) for product in _PRODUCTS},
+}
+
+
+class _ConstantFactors(TorchFunctionMode):
+    """Compute (x W + b, v W) for a dual number x and constant W, b, as it stands.
+
+    Left to itself torch also multiplies x with the weights' tangent, a matrix of zeros: three products for two, and a
+    dual pass of a Transformer then takes a fifth longer.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func not in _LINEAR or kwargs:
+            return func(*args, **(kwargs or {}))
+        unpacked = {i: forward_ad.unpack_dual(a) for i, a in enumerate(args) if isinstance(a, Tensor)}
+        dual = [i for i, pair in unpacked.items() if pair.tangent is not None]
+        bias, product = _LINEAR[func]
+        if len(dual) != 1 or dual == [bias]:
+            return func(*args)
+        (i,) = dual
+        value, tangent = ((*args[:i], part, *args[i + 1 :]) for part in unpacked[i])
+        return forward_ad.make_dual(func(*value), product(*tangent))
+
+
 def _dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callable[[Inject], Tensor]:
     def run(inject: Inject) -> Tensor:
         def perturb(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
@@ -264,7 +295,7 @@ def _dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Calla
             return forward_ad.make_dual(primal, v if tangent is None else tangent + v)
 
         # Of the fused attention kernels none has a forward-mode rule (pytorch#128971, #98164), the math backend does.
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _ConstantFactors():
             try:
                 with boundaries.perturb(perturb) as passed:
                     forward()

@@ -353,7 +353,7 @@ def probe_sizes(model: nn.Module, boundaries: Boundaries, forward: Callable[[], 
         raise RuntimeError(
             f"expected blocks 1 to {len(boundaries)} to run once each and in order, saw them run in the order "
             f"{[index + 1 for index in order]}. Direct feedback needs a chain of blocks: name others with the option "
-            "`blocks`."
+            '`blocks`. With several forwards for one head use feedback_space="hidden".'
         )
     assert passed.y is not None
     return [h for _, h in seen], as_vectors(passed.y).shape[-1]

@@ -1,22 +1,22 @@
-"""Train a language model with GrAPE on WikiText-103, or on text of yours: the main job.
+r"""Train a language model with GrAPE on WikiText-103, or on text of yours: the main job.
 
-    accelerate launch recipes/wikitext103.py recipes/wikitext103.yaml            # WikiText-103, recommended settings
-    accelerate launch recipes/wikitext103.py recipes/wikitext103_paper.yaml      # the paper's settings
+    accelerate launch recipes/wikitext103.py recipes/wikitext103.yaml           # WikiText-103, recommended settings
+    accelerate launch recipes/wikitext103.py recipes/wikitext103_paper.yaml     # the paper's settings
     accelerate launch recipes/wikitext103.py --train_file my.txt --output_dir outputs/mine --max_steps 2000
 
 Two minutes on two CPU cores, without a network (a small text that comes with Python; its figures compare with nothing):
 
-    accelerate launch recipes/wikitext103.py --dataset_name embedded-sample --output_dir outputs/small --max_steps 200 \\
-        --hidden_size 128 --context 64 --tokenizer_vocab_size 2048 --per_device_train_batch_size 16 --learning_rate 5e-3
+    OMP_NUM_THREADS=2 accelerate launch recipes/wikitext103.py recipes/demo.yaml --output_dir outputs/small
 
 Every option can stand on the command line or in a YAML or JSON file given first; the command line wins. ``--method bp``
-and ``--method dfa`` train the baselines, all else equal. Text comes from ``--train_file``, or from ``--dataset_name`` on
-the Hub, by default WikiText-103; when no data is named and the Hub is out of reach, from a small embedded text, and the
-metrics and the model card say so.
+and ``--method dfa`` train the baselines, all else equal. Text comes from ``--train_file``, or from ``--dataset_name``
+on the Hub, by default WikiText-103; when no data is named and the Hub is out of reach, from a small embedded text, and
+the metrics and the model card say so.
 
-Expected: perplexity and cost at the head of each YAML. The output folder ends up with the model and its tokenizer, which
-plain ``transformers`` opens, ``all_results.json``, ``sample.txt``, ``alignment.json``, ``alignment.png``, ``loss.png``
-and the model card.
+Expected: perplexity and cost stand at the head of each YAML. The output folder ends up with the model and its
+tokenizer, which plain ``transformers`` opens, ``all_results.json``, ``sample.txt``, ``alignment.json``,
+``alignment.png``, ``loss.png`` and the model card. On a CPU, ``accelerate launch`` uses one core for each process
+unless told otherwise, as above.
 """
 
 import importlib.util
@@ -182,7 +182,8 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, context
     """Load the pretrained model that was named, or make one of the shape asked for, in float32.
 
     Raises:
-        ValueError: an override that the configuration does not know, or a context beyond the model's positions.
+        ValueError: an override that the configuration does not know, a context beyond the model's positions, or a model
+            that is not a language model.
     """
     if args.model_name_or_path:
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
@@ -208,10 +209,31 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, context
     overrides = parse_overrides(args.config_overrides)
     if unknown := [name for name in overrides if not hasattr(defaults, name)]:
         raise ValueError(
-            f"config_overrides: {type(defaults).__name__} has no {', '.join(unknown)}. It has "
+            f"config_overrides: {type(defaults).__name__} has no {', '.join(unknown)}; it has "
             f"{', '.join(sorted(defaults.to_dict()))}."
         )
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(args.model_type, **shape | overrides))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(args.model_type, **shape | overrides))
+    check_predicts_next_token(model)
+    return model
+
+
+def check_predicts_next_token(model: PreTrainedModel) -> None:
+    """Refuse decoders of translation models: their own loss asks for the token that they have just read.
+
+    Raises:
+        ValueError: if the model's loss is not that of the next token.
+    """
+    with torch.no_grad():
+        tokens = torch.arange(1, 9)[None]  # 0 is padding in many vocabularies
+        model.eval()
+        output = model(input_ids=tokens, labels=tokens)
+        model.train()
+    nll, count = token_nll(output.logits, tokens)[0].tolist()
+    if abs(output.loss.item() - nll / count) > 1e-3 * nll / count:
+        raise ValueError(
+            f"The loss of {type(model).__name__} is not that of the next token: expected {nll / count:.4f} on a probe, "
+            f"got {output.loss.item():.4f}. Use another model_type, e.g. gpt2, llama or openai-gpt."
+        )
 
 
 def parse_overrides(overrides: str | dict[str, Any] | None) -> dict[str, Any]:

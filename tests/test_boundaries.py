@@ -300,17 +300,23 @@ def test_blocks_that_run_twice_before_the_output_are_refused():
 
     model = Twice(3)
     boundaries = Boundaries(model.blocks, output=model.head)
-    with boundaries.attached(), pytest.raises(RuntimeError, match="block 1 .* ran after block 2"):
-        with boundaries.broadcast([torch.eye(5)] * 2):
-            model(torch.randn(2, 7, 5))
+    with (
+        boundaries.attached(),
+        pytest.raises(RuntimeError, match="block 1 .* ran after block 2"),
+        boundaries.broadcast([torch.eye(5)] * 2),
+    ):
+        model(torch.randn(2, 7, 5))
 
 
 def test_an_output_that_is_never_reached_is_refused():
     model = Stack(3)
     boundaries = Boundaries(model.blocks, output=nn.Linear(5, 5))
-    with boundaries.attached(), pytest.raises(RuntimeError, match="never did"):
-        with boundaries.broadcast([torch.eye(5)] * 2):
-            model(torch.randn(2, 7, 5)).sum().backward()
+    with (
+        boundaries.attached(),
+        pytest.raises(RuntimeError, match="never did"),
+        boundaries.broadcast([torch.eye(5)] * 2),
+    ):
+        model(torch.randn(2, 7, 5)).sum().backward()
 
 
 def test_reentrant_checkpointing_is_refused():
@@ -328,9 +334,13 @@ def test_reentrant_checkpointing_is_refused():
         inner = block.forward
         block.forward = lambda h, inner=inner: checkpoint(inner, h, use_reentrant=True)
     boundaries = Boundaries(model.blocks)
-    with boundaries.attached(), pytest.raises(RuntimeError, match="use_reentrant"):
-        with pytest.warns(UserWarning, match="None of the inputs"), boundaries.broadcast([torch.eye(5)] * 2):
-            model(torch.randn(2, 7, 5))
+    with (
+        boundaries.attached(),
+        pytest.raises(RuntimeError, match="use_reentrant"),
+        pytest.warns(UserWarning, match="None of the inputs"),
+        boundaries.broadcast([torch.eye(5)] * 2),
+    ):
+        model(torch.randn(2, 7, 5))
 
 
 def test_perturb_ends_the_forward_at_the_output():

@@ -1,11 +1,13 @@
 """The rules against their equations, in float64; then what is kept on disk."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from grape_hf.boundaries import Forward
 from grape_hf.feedback import (
     Feedback,
     initial_feedback,
@@ -16,7 +18,6 @@ from grape_hf.feedback import (
     refit,
     refit_moments,
 )
-from grape_hf.boundaries import Forward
 from grape_hf.jacobian import JacobianSum
 
 
@@ -43,7 +44,7 @@ def test_the_cosine_rule_descends_and_leaves_unit_columns():
         feedback.refine(JacobianSum([3 * J_hat], [torch.tensor(3)]))
         losses.append(alignment_loss(feedback.B[0], J_hat).item())
         torch.testing.assert_close(feedback.B[0].norm(dim=0), torch.ones(4, dtype=torch.float64))
-    assert all(after < before for before, after in zip(losses[:-1], losses[1:], strict=True))
+    assert all(after < before for before, after in pairwise(losses))
     assert losses[-1] < 0.01 * losses[0]
 
 

@@ -17,7 +17,7 @@ def network() -> nn.Module:
 
 
 def states() -> list[object]:
-    return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+    return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]  # noqa: NPY002
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -30,7 +30,7 @@ def test_flags_buffers_and_random_states_are_put_back(fails):
         with isolated(model):
             model[1].train()
             model(torch.randn(8, 4))
-            torch.randn(3), random.random(), np.random.rand()
+            torch.randn(3), random.random(), np.random.rand()  # noqa: NPY002
             assert not torch.equal(model[1].running_mean, buffers["1.running_mean"][1])  # it did move, in there
             if fails:
                 raise KeyError

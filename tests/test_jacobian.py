@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, jacrev
 
 from grape_hf.boundaries import Boundaries, as_vectors
-from grape_hf.jacobian import ForwardModeError, JacobianSum, Noise, jacobian_terms, rank_one_sum
+from grape_hf.jacobian import ForwardModeError, JacobianSum, Noise, _ConstantFactors, jacobian_terms, rank_one_sum
 
 
 class Net(nn.Module):
@@ -55,7 +57,7 @@ def oracle(model: nn.Module, boundaries: Boundaries, x: Tensor) -> list[Tensor]:
     for index, h in enumerate(boundary_outputs(model, boundaries, x)):
 
         def y_of(h_sample: Tensor, sample: int, index: int = index) -> Tensor:
-            with boundaries.perturb(lambda i, h, *rest: h_sample[None] if i == index else h) as passed:
+            with boundaries.perturb(lambda i, other, *rest: h_sample[None] if i == index else other) as passed:
                 model(x[sample : sample + 1])
             return passed.y[0]
 
@@ -195,7 +197,7 @@ def _full_jacobians(model: nn.Module, boundaries: Boundaries, x: Tensor) -> list
         for s in range(len(x)):
 
             def y_of(t: Tensor, s: int = s, index: int = index) -> Tensor:
-                with boundaries.perturb(lambda i, h, *rest: t[None] if i == index else h) as passed:
+                with boundaries.perturb(lambda i, other, *rest: t[None] if i == index else other) as passed:
                     model(x[s : s + 1])
                 return passed.y[0]
 
@@ -374,8 +376,8 @@ def test_finite_differences_leave_autocast_for_float32():
 def test_finite_differences_refuse_half_precision():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).bfloat16()
     boundaries = Boundaries(list(model))
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
     with boundaries.attached(), pytest.raises(ValueError, match="float32 or float64, got torch.bfloat16"):
-        x = torch.randn(4, 8, dtype=torch.bfloat16)
         jacobian_terms(boundaries, lambda: model(x), Noise(0, 0, range(4)), mode="finite_difference")
 
 
@@ -393,3 +395,38 @@ def test_vectors():
     assert as_vectors(torch.zeros(2, 3)).shape == (2, 1, 3)
     assert as_vectors(torch.zeros(2, 4, 3)).shape == (2, 4, 3)
     assert as_vectors(torch.zeros(2, 3, 4, 5)).shape == (2, 1, 60)
+
+
+X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(3, 2, 4)
+BIAS = torch.ones(4, dtype=torch.float64)
+WEIGHT, MASK = torch.arange(16.0, dtype=torch.float64).reshape(4, 4), torch.tensor([1, 0, 1, 1])
+
+
+@pytest.mark.parametrize("dual", [{"x"}, {"w"}, {"b"}, {"x", "b"}, {"x", "w", "b"}], ids="-".join)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w, b: F.linear(x, w, b),
+        lambda x, w, b: F.linear(x, w),
+        lambda x, w, b: F.linear(x, w, bias=b),
+        lambda x, w, b: torch.addmm(b, x[0], w),
+        lambda x, w, b: torch.addmm(b, x[0], w, beta=0.5, alpha=2.0),
+        lambda x, w, b: 2.0 * x * 3 * MASK * b,
+        lambda x, w, b: w[0].mul(x) * b,
+        lambda x, w, b: torch.mul(x, x) * b,
+    ],
+)
+def test_shortcuts_through_constant_factors_change_no_tangent(function, dual):
+    def run() -> list[Tensor | None]:
+        values = {"x": (X, X.exp()), "w": (WEIGHT, WEIGHT.cos()), "b": (BIAS, BIAS / 3)}
+        arguments = [forward_ad.make_dual(*pair) if name in dual else pair[0] for name, pair in values.items()]
+        return list(forward_ad.unpack_dual(function(*arguments)))
+
+    with torch.no_grad(), forward_ad.dual_level():
+        expected = run()
+        with _ConstantFactors():
+            got = run()
+    for a, b in zip(got, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)

@@ -1,0 +1,266 @@
+"""What cannot work is refused: the error says what was expected, what came and what to do, and nothing is trained."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from helpers import arguments, assert_same, count_hooks, make_trainer
+from problems import DROPOUT, GPT2, MLP, PLAIN, VOCABULARY, WIDTH, MixingBlock, PlainLanguageModel, Problem
+from test_trainer import CHECKPOINTING
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import BertConfig, BertModel, Trainer
+
+from grape_hf import GrapeTrainer, GrapeTrainingArguments
+
+
+@contextmanager
+def refusal(*says: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+    """Expect an error whose message has all the words given, in this order."""
+    with pytest.raises(kind) as caught:
+        yield
+    rest = str(caught.value)
+    for words in says:
+        assert words in rest, f"{words!r} is missing, or out of order, in: {caught.value}"
+        rest = rest.split(words, 1)[1]
+
+
+def untrained(trainer: Trainer, problem: Problem) -> None:
+    assert trainer.state.global_step == 0
+    assert_same(dict(trainer.model.named_parameters()), dict(problem.model().named_parameters()))
+    assert count_hooks(trainer.model) == 0
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+class NoBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        y = self.second(torch.tanh(self.first(x)))
+        return {"loss": (y - labels).square().mean(), "logits": y}
+
+
+class TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        config = BertConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=VOCABULARY
+        )
+        self.query, self.document = BertModel(config), BertModel(config)
+
+
+BARE = Problem("no-blocks", NoBlocks, MLP.draw)
+
+
+def test_no_blocks(tmp_path):
+    with refusal("found no blocks in NoBlocks", "expected an nn.ModuleList", "GrapeTrainingArguments(blocks="):
+        make_trainer(BARE, tmp_path)
+
+
+def test_no_blocks_do_not_matter_to_bp_and_can_be_named(tmp_path):
+    for options in ({"method": "bp"}, {"blocks": "first,second", "jvp_every": 1}):
+        trainer = make_trainer(BARE, tmp_path, **options)
+        trainer.train()
+        assert trainer.state.global_step == 10
+
+
+def test_a_named_block_that_does_not_exist(tmp_path):
+    with refusal(
+        "blocks='transformer.layers' does not exist in GPT2LMHeadModel", "Expected", "transformer.h (3 x GPT2"
+    ):
+        make_trainer(GPT2, tmp_path, blocks="transformer.layers")
+    with refusal("blocks='mlp' stands for several modules: transformer.h.0.mlp"):
+        make_trainer(GPT2, tmp_path, blocks="mlp")
+    with refusal("transformer.drop (Dropout) has no parameters to train"):
+        make_trainer(GPT2, tmp_path, blocks="transformer.drop")
+
+
+def test_two_towers(tmp_path):
+    with refusal(
+        "cannot tell which blocks of TwoTowers",
+        "Expected one chain",
+        "query.encoder.layer (2 x BertLayer), document.encoder.layer (2 x BertLayer)",
+        'GrapeTrainingArguments(blocks="query.encoder.layer")',
+    ):
+        make_trainer(Problem("two-towers", TwoTowers, GPT2.draw), tmp_path)
+
+
+class Narrowing(PlainLanguageModel):
+    """Blocks of two widths: 16 at h_1, 8 at y."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            [MixingBlock(WIDTH), nn.Sequential(MixingBlock(WIDTH), nn.Linear(WIDTH, 8)), MixingBlock(8)]
+        )
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, VOCABULARY)
+
+
+NARROWING = Problem("narrowing", Narrowing, PLAIN.draw)
+
+
+def test_identity_needs_equal_sizes(tmp_path):
+    trainer = make_trainer(NARROWING, tmp_path, feedback_init="identity")
+    with refusal("blocks.0", 'feedback_init="identity"', "n_l = 16 and n_y = 8", 'Use feedback_init="gaussian"'):
+        trainer.train()
+    untrained(trainer, NARROWING)
+
+
+def test_auto_takes_what_fits(tmp_path):
+    trainer = make_trainer(NARROWING, tmp_path, max_steps=1)
+    trainer.train()
+    assert [tuple(b.shape) for b in trainer.feedback] == [(16, 8), (8, 8)]
+
+
+class Headless(PlainLanguageModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.readout_weights = self.head
+        del self.head
+
+    def readout(self, y: Tensor) -> Tensor:
+        return self.readout_weights(self.norm(y))
+
+
+def test_logits_space_needs_a_head(tmp_path):
+    problem = Problem("headless", Headless, PLAIN.draw)
+    with refusal('feedback_space="logits" needs a module that makes the logits', "Headless", 'feedback_space="hidden"'):
+        make_trainer(problem, tmp_path, feedback_space="logits")
+    make_trainer(problem, tmp_path, max_steps=1).train()  # auto does without
+
+
+class Twice(PlainLanguageModel):
+    """Its blocks run twice over, as in an ALBERT or a diffusion of steps: there is no chain h_1 .. h_L."""
+
+    def stem(self, input_ids: Tensor) -> Tensor:
+        h = super().stem(input_ids)
+        for block in self.blocks:
+            h = block(h)
+        return h
+
+
+class Backwards(PlainLanguageModel):
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        h = self.stem(input_ids)
+        for block in reversed(self.blocks):
+            h = block(h)
+        logits = self.readout(h)
+        return {"loss": self.loss(logits, labels), "logits": logits}
+
+
+class Skipping(PlainLanguageModel):
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        h = self.blocks[2](self.blocks[0](self.stem(input_ids)))
+        logits = self.readout(h)
+        return {"loss": self.loss(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("build", [Twice, Backwards, Skipping], ids=lambda build: build.__name__.lower())
+def test_blocks_that_are_no_chain(build: Callable[[], nn.Module], tmp_path):
+    problem = Problem("no-chain", build, PLAIN.draw)
+    trainer = make_trainer(problem, tmp_path)
+    with refusal("block", "chain of blocks", "blocks", kind=RuntimeError):
+        trainer.train()
+    untrained(trainer, problem)
+
+
+# --- the training ----------------------------------------------------------------------------------------------------
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(GPT2.samples(64))
+
+
+def test_an_epoch_of_unknown_length(tmp_path):
+    made = make_trainer(GPT2, tmp_path, calibration_strategy="epoch", more={"train_dataset": Stream()})
+    with refusal(
+        'calibration_strategy="epoch" needs the length of an epoch', "streaming", 'Use calibration_strategy="steps"'
+    ):
+        made.train()
+    untrained(made, GPT2)
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps", "adaptive"])
+def test_a_stream_will_do_otherwise(strategy, tmp_path):
+    options = {"calibration_strategy": strategy, "calibration_interval": 3}
+    trainer = make_trainer(GPT2, tmp_path, more={"train_dataset": Stream()}, **options)
+    trainer.train()
+    assert trainer.state.global_step == 10
+
+
+def test_an_interval_shorter_than_a_step(tmp_path):
+    trainer = make_trainer(GPT2, tmp_path, calibration_strategy="epoch", calibration_interval=0.1)
+    with refusal("calibration_interval=0.1 epochs is less than one optimiser step", "has 8", "at least 0.125"):
+        trainer.train()
+    untrained(trainer, GPT2)
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path):
+    options = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
+    with refusal("use_reentrant", "cuts the gradients", '{"use_reentrant": False}'):
+        make_trainer(DROPOUT, tmp_path, **options)
+    make_trainer(DROPOUT, tmp_path, method="bp", **options)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's own complaint
+def test_reentrant_checkpointing_behind_the_trainers_back(tmp_path):
+    trainer = make_trainer(DROPOUT, tmp_path)
+    enable = getattr(trainer.model, f"{CHECKPOINTING}_enable")
+    enable({"use_reentrant": True})
+    hooks = count_hooks(trainer.model)  # transformers puts one on the embeddings
+    # Before transformers 5.23 hooks ran inside the checkpoint, and torch refused before us.
+    with pytest.raises(
+        RuntimeError, match=r"block 2 \(GPT2Block\) carries no gradient.*False|none of output has requires"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert count_hooks(trainer.model) == hooks
+
+
+class SharedHead(GrapeTrainer):
+    """Two forwards, and then the head once for both: in logits space two chains of blocks lead to one y."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Tensor:
+        first, second = model.stem(inputs["input_ids"]), model.stem(inputs["labels"])
+        for block in model.blocks:
+            first = block(first)
+        for block in model.blocks:
+            second = block(second)
+        return model.readout(first + second).square().mean()
+
+
+def test_two_forwards_for_one_head(tmp_path):
+    def run(space: str) -> Trainer:
+        args = arguments(tmp_path, feedback_space=space, max_steps=1)
+        trainer = SharedHead(PLAIN.model(), args, train_dataset=PLAIN.samples(8))
+        trainer.train()
+        return trainer
+
+    with refusal("once each", 'feedback_space="hidden"', kind=RuntimeError):
+        run("logits")
+    assert run("hidden").state.global_step == 1
+
+
+# --- options that contradict each other ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"method": "graep"}, ["method='graep': expected one of 'grape', 'dfa', 'bp'"]),
+        ({"calibration_strategy": "steps", "calibration_interval": 2.5}, ["calibration_interval", "2.5"]),
+        ({"calibration_refit": True}, ["calibration_refit=True", "set calibration_strategy"]),
+        ({"perturbation_space": "weight"}, ["perturbation_space='weight'", "feedback_rule", "activation"]),
+        ({"method": "dfa", "calibration_strategy": "adaptive"}, ["adaptive", "dfa", "alignment_steps"]),
+    ],
+)
+def test_options_are_refused_when_they_are_made(options, says, tmp_path):
+    with refusal(*says):
+        GrapeTrainingArguments(output_dir=str(tmp_path), **options)

@@ -1,0 +1,160 @@
+"""What a step costs, counted: floating-point operations, passes, bytes. Seconds are recipes/benchmarks' business.
+
+First the operations, against formulas that leave no room; then how often the blocks run; then what is alive at once.
+L blocks, N = samples x positions, d = width = n_l = n_y.
+"""
+
+import dataclasses
+import weakref
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import OnEvent, train
+from problems import BLOCKS, GPT2, POSITIONS, VOCABULARY, WIDTH, Problem, text, transformer
+from torch.autograd import profiler
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainingArguments
+
+import grape_hf.boundaries
+
+# transformers 5.23 calls activation checkpointing by its name, 5.17 does not know that name.
+NAMES = [option.name for option in dataclasses.fields(TrainingArguments)]
+CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in NAMES)
+BATCH, FRACTION = 4, 0.5
+N = BATCH * POSITIONS
+PRODUCT = 2 * WIDTH * WIDTH  # operations of one d x d matrix times a vector
+
+NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+# Attention in plain products, which are all counted; the fused kernels are counted by formulas of their own.
+EAGER = Problem("gpt2-eager", lambda: transformer("gpt2", attn_implementation="eager", **NO_DROPOUT), text)
+
+# Deep, with activations larger than matrices: what is kept for each boundary shows.
+DEPTH, LONG = 12, 64
+DEEP = Problem(
+    "gpt2-deep",
+    lambda: transformer("gpt2", num_hidden_layers=DEPTH, max_position_embeddings=LONG, **NO_DROPOUT),
+    lambda generator: {k: v.repeat(LONG // POSITIONS) for k, v in text(generator).items()},
+)
+
+
+def step_flops(folder: Path, step: int = 1, **options: Any) -> int:
+    """Operations of one optimiser step of the Trainer, by default the second: the first one probes the shapes."""
+    counter = FlopCounterMode(display=False)
+
+    def begin(state: Any, **_: Any) -> None:
+        if state.global_step == step:
+            counter.__enter__()
+
+    def end(state: Any, **_: Any) -> None:
+        if state.global_step == step + 1:  # counted up just before
+            counter.__exit__(None, None, None)
+
+    callbacks = {"callbacks": [OnEvent("step_begin", begin), OnEvent("step_end", end)]}
+    train(EAGER, folder, more=callbacks, max_steps=step + 1, per_device_train_batch_size=BATCH, **options)
+    return counter.get_total_flops()
+
+
+def linear_flops(samples: int) -> int:
+    """One block's products with weights, forward: query, key and value; output; up and down by a factor of 4."""
+    return samples * POSITIONS * (3 + 1 + 4 + 4) * PRODUCT
+
+
+def attention_flops(samples: int) -> int:
+    """One block's products of activations with each other: q k and (attention) v, whatever the number of heads."""
+    return 2 * samples * 2 * POSITIONS * POSITIONS * WIDTH
+
+
+def test_method_bp_computes_what_backpropagation_computes(tmp_path):
+    head = N * 2 * WIDTH * VOCABULARY
+    forward = BLOCKS * (linear_flops(BATCH) + attention_flops(BATCH)) + head
+    stock = step_flops(tmp_path, trainer=Trainer)
+    assert stock == 3 * forward
+    assert step_flops(tmp_path, method="bp") == stock
+
+
+def test_a_star_costs_backpropagation_and_one_product_with_each_feedback_matrix(tmp_path):
+    feedback = (BLOCKS - 1) * N * PRODUCT
+    assert step_flops(tmp_path, method="dfa") == step_flops(tmp_path, method="bp") + feedback
+
+
+@pytest.mark.parametrize("rule", ["lms", "ema"])
+def test_an_estimate_costs_dual_numbers_up_to_y_on_the_share_of_the_batch(tmp_path, rule):
+    samples = int(FRACTION * BATCH)
+    linear, attention = linear_flops(samples), attention_flops(samples)
+    # A tangent through a product with constant weights is one product more, through one of two activations two more.
+    # Block 1 lies before the first tangent, the head behind y.
+    passed = linear + attention + (BLOCKS - 1) * (2 * linear + 3 * attention)
+    rank_one = (BLOCKS - 1) * samples * POSITIONS * PRODUCT  # q a^T at each boundary
+    predicted = rank_one if rule == "lms" else 0  # B^T v
+    star = step_flops(tmp_path, method="dfa")
+    options = dict(method="grape", feedback_rule=rule, jvp_fraction=FRACTION, jvp_every=1)
+    assert step_flops(tmp_path, **options) == star + passed + rank_one + predicted
+
+
+def test_a_step_on_which_no_estimate_is_due_costs_a_star(tmp_path):
+    options = dict(method="grape", jvp_fraction=FRACTION, jvp_every=2)
+    star = step_flops(tmp_path, method="dfa")
+    assert step_flops(tmp_path, step=1, **options) == star
+    assert step_flops(tmp_path, step=2, **options) > star
+
+
+@pytest.mark.parametrize(
+    ("mode", "passes", "extra"),
+    [
+        ("dual", "joint", 1),
+        ("dual", "per_block", BLOCKS - 1),
+        ("finite_difference", "joint", 2),  # a clean one and a perturbed one
+        ("finite_difference", "per_block", 1 + BLOCKS - 1),  # a clean one serves all
+    ],
+)
+def test_passes_of_an_estimate(tmp_path, mode, passes, extra):
+    calls = [0]
+    handles = []
+
+    def count(state: Any, model: Any, **_: Any) -> None:
+        handles.append(model.transformer.h[0].register_forward_hook(lambda *_: calls.__setitem__(-1, calls[-1] + 1)))
+
+    callbacks = [OnEvent("train_begin", count), OnEvent("step_end", lambda *_, **__: calls.append(0))]
+    options = dict(method="grape", jvp_mode=mode, jvp_passes=passes, jvp_every=3, max_steps=7)
+    train(GPT2, tmp_path, more={"callbacks": callbacks}, **options)
+    assert calls[1:7] == [1, 1, 1 + extra, 1, 1, 1 + extra]  # without the first step, which probes the shapes
+
+
+def test_one_delta_is_alive_at_a_time(tmp_path, monkeypatch):
+    project_error, born, alive = grape_hf.boundaries.project_error, [], []
+
+    def watched(*args: Any) -> torch.Tensor:
+        alive.append(sum(ref() is not None for ref in born) + 1)
+        delta = project_error(*args)
+        # The storage outlives the Tensor's Python object exactly as long as autograd holds it.
+        born.append(weakref.ref(delta.untyped_storage()))
+        return delta
+
+    monkeypatch.setattr(grape_hf.boundaries, "project_error", watched)
+    train(GPT2, tmp_path, method="dfa", max_steps=2)
+    assert alive == [1] * 2 * (BLOCKS - 1)
+    assert not any(ref() is not None for ref in born)
+
+
+def peak_bytes(folder: Path, **options: Any) -> int:
+    """Most bytes in tensors at once, weights and optimiser state included, over two steps of the Trainer."""
+    with profiler.profile(profile_memory=True) as profile:
+        train(DEEP, folder, max_steps=2, per_device_train_batch_size=BATCH, **options)
+    changes = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    changes.sort(key=lambda e: e.start_ns())
+    return max(accumulate(e.nbytes() for e in changes))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_star_keeps_nothing_but_its_feedback_matrices_and_one_delta(tmp_path, checkpointing):
+    delta, matrices = 4 * BATCH * LONG * WIDTH, 4 * (DEPTH - 1) * WIDTH * WIDTH
+    options = {CHECKPOINTING: checkpointing}
+    usual = peak_bytes(tmp_path, method="bp", **options)
+    star = peak_bytes(tmp_path, method="dfa", **options)
+    assert usual < star <= usual + matrices + delta
+    # An estimate is over before the step's own forward; its sums, of the matrices' size, wait for the step's end.
+    grape = peak_bytes(tmp_path, method="grape", jvp_every=1, jvp_fraction=0.25, **options)
+    assert star < grape <= usual + 2 * matrices + delta

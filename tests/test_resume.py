@@ -1,0 +1,177 @@
+"""Checkpoints hold B_l and the schedule: to stop and resume is not to have stopped."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import LEARNED, assert_same, count_hooks, differ, logged, make_trainer, train, weights
+from problems import DROPOUT, GPT2, NOISY, PLAIN, PlainLanguageModel, Problem
+from transformers import Trainer
+
+CALIBRATED = LEARNED | {"calibration_refit": True}
+RUNS = {
+    "recommended": {},
+    "grape": LEARNED,
+    "paper": {"grape_preset": "paper", "feedback_space": "hidden", "perturbation_space": "activation"},
+    "dfa-gaussian": {"method": "dfa", "feedback_init": "gaussian"},
+    "epoch-refit": CALIBRATED | {"calibration_strategy": "epoch", "calibration_interval": 0.5},
+    "adaptive": CALIBRATED
+    | {"calibration_strategy": "adaptive", "calibration_threshold": 0.95, "calibration_cooldown": 4},
+    "measured": LEARNED | {"alignment_steps": 3},
+    "accumulation": LEARNED | {"gradient_accumulation_steps": 2, "jvp_fraction": 0.25},
+    "bp": {"method": "bp"},
+}
+
+
+def checkpoint(folder: Path, step: int) -> str:
+    return str(folder / f"checkpoint-{step}")
+
+
+def stopped(problem: Problem, folder: Path, at: int = 10, **options: Any) -> str:
+    """Train a run of 20 steps, kept at every 5th; return the checkpoint at step ``at``."""
+    train(problem, folder, **(dict(max_steps=20, save_strategy="steps", save_steps=5) | options))
+    return checkpoint(folder, at)
+
+
+@pytest.mark.parametrize("at", [10, 15], ids=["at-10", "at-15"])
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_10_steps_and_10_more_are_20(options, at, tmp_path):
+    """Epochs have 6 steps, so the run resumes in the middle of one; a new process knows nothing of the old one."""
+    run = dict(samples=24, max_steps=20) | options
+    straight = train(DROPOUT, tmp_path / "straight", save_strategy="steps", save_steps=5, **run)
+    resumed = train(DROPOUT, tmp_path / "resumed", resume=checkpoint(tmp_path / "straight", at), **run)
+    assert_same(weights(resumed), weights(straight))
+    names = {name for entry in straight.state.log_history[:-1] for name in entry}
+    assert {"loss", "grad_norm"} < names
+    for name in names:
+        if name.startswith("alignment/estimate") or name == "calibration/last_step":
+            # Repeated in the log until there is a new one; a resumed run begins with none.
+            assert set(logged(resumed, name)) <= set(logged(straight, name)), name
+        else:
+            assert logged(resumed, name) == logged(straight, name), name
+    assert differ(weights(make_trainer(DROPOUT, tmp_path)), weights(straight))
+
+
+def test_buffers_and_batch_norms_resume_too(tmp_path):
+    saved = stopped(NOISY, tmp_path / "straight", **LEARNED)
+    straight = train(NOISY, tmp_path / "again", max_steps=20, **LEARNED)
+    resumed = train(NOISY, tmp_path / "resumed", max_steps=20, resume=saved, **LEARNED)
+    assert_same(weights(resumed), weights(straight))
+    assert_same(dict(resumed.model.named_buffers()), dict(straight.model.named_buffers()))
+
+
+def test_the_feedback_matters_to_what_is_resumed(tmp_path):
+    """A run that forgot B_l would notice nothing if B_l had not changed, or did not count."""
+    saved = stopped(GPT2, tmp_path / "straight", **LEARNED)
+    straight = weights(train(GPT2, tmp_path / "again", max_steps=20, **LEARNED))
+    forged = tmp_path / "forged" / "checkpoint-10"
+    shutil.copytree(saved, forged)
+    first = make_trainer(GPT2, tmp_path / "start", max_steps=1, save_strategy="steps", save_steps=1, **LEARNED)
+    first.train()
+    shutil.copy(Path(checkpoint(tmp_path / "start", 1)) / "grape_feedback.safetensors", forged)
+    resumed = train(GPT2, tmp_path / "resumed", max_steps=20, resume=str(forged), **LEARNED)
+    assert differ(straight, weights(resumed))
+
+
+def test_a_resumed_run_knows_its_calibrations(tmp_path):
+    options = LEARNED | {"calibration_strategy": "steps", "calibration_interval": 4}
+    saved = stopped(GPT2, tmp_path / "straight", **options)
+    resumed = train(GPT2, tmp_path / "resumed", max_steps=20, resume=saved, **options)
+    assert logged(resumed, "calibration/steps")[-1] == (20, 5)
+    assert logged(resumed, "calibration/share")[-1] == (20, pytest.approx(5 / 20))
+
+
+def test_the_files_in_a_checkpoint(tmp_path):
+    saved = Path(stopped(GPT2, tmp_path, **LEARNED))
+    assert (saved / "grape_feedback.safetensors").is_file()
+    json.loads((saved / "grape_state.json").read_text())
+    stock = tmp_path / "stock"
+    train(GPT2, stock, Trainer, max_steps=5, save_strategy="steps", save_steps=5)
+    ours = {f.name for f in saved.iterdir()} - {f.name for f in (stock / "checkpoint-5").iterdir()}
+    assert ours == {"grape_feedback.safetensors", "grape_state.json"}
+
+
+def test_save_only_model_saves_the_model_only(tmp_path):
+    saved = Path(stopped(GPT2, tmp_path, save_only_model=True, **LEARNED))
+    assert (saved / "model.safetensors").is_file()
+    assert not list(saved.glob("grape_*"))
+
+
+def test_a_stock_trainer_resumes_from_ours(tmp_path):
+    saved = stopped(GPT2, tmp_path / "ours", max_steps=10, **LEARNED)
+    resumed = train(GPT2, tmp_path / "stock", Trainer, max_steps=20, resume=saved)
+    assert resumed.state.global_step == 20
+    assert [step for step, _ in logged(resumed, "loss")] == list(range(1, 21))
+
+
+def test_bp_resumes_from_the_stock_trainer(tmp_path):
+    saved = stopped(GPT2, tmp_path / "ours", method="bp")
+    assert not list(Path(saved).glob("grape_*"))
+    stock = train(GPT2, tmp_path / "stock", Trainer, max_steps=20, resume=saved)
+    assert_same(weights(train(GPT2, tmp_path / "bp", max_steps=20, method="bp", resume=saved)), weights(stock))
+
+
+DEEP = Problem("five-blocks", lambda: PlainLanguageModel(blocks=5), PLAIN.draw)
+
+
+def refused(folder: Path, saved: str, **options: Any) -> None:
+    """Resuming raises before anything is trained, and leaves no hook."""
+    trainer = make_trainer(DEEP, folder, max_steps=20, **options)
+    try:
+        trainer.train(resume_from_checkpoint=saved)
+    finally:
+        assert trainer.state.global_step == 10
+        kept = DEEP.model()
+        kept.load_state_dict(torch_weights(saved))
+        assert_same(dict(trainer.model.named_parameters()), dict(kept.named_parameters()))
+        assert count_hooks(trainer.model) == 0
+
+
+def torch_weights(saved: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(Path(saved) / "model.safetensors")
+
+
+def test_a_checkpoint_of_a_stock_trainer_is_refused(tmp_path):
+    train(DEEP, tmp_path / "stock", Trainer, max_steps=10, save_strategy="steps", save_steps=10)
+    with pytest.raises(FileNotFoundError, match=r"no feedback matrices at .*checkpoint-10.*stock Trainer.*Resume from"):
+        refused(tmp_path, checkpoint(tmp_path / "stock", 10), **LEARNED)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1], ids=["empty", "5-bytes", "100-bytes", "last-byte-missing"])
+def test_a_truncated_feedback_file_is_refused(size, tmp_path):
+    saved = stopped(DEEP, tmp_path / "straight", max_steps=10, **LEARNED)
+    file = Path(saved) / "grape_feedback.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"cannot read the feedback matrices in .*grape_feedback.safetensors"):
+        refused(tmp_path / "resumed", saved, **LEARNED)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "{}"], ids=["missing", "empty", "cut", "other"])
+def test_a_broken_state_file_is_refused(content, tmp_path):
+    saved = stopped(DEEP, tmp_path / "straight", max_steps=10, **LEARNED)
+    file = Path(saved) / "grape_state.json"
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=r"calibration schedule in .*grape_state.json.*resume from another"):
+        refused(tmp_path / "resumed", saved, **LEARNED)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({"blocks": "blocks.1,blocks.2"}, id="other-blocks"),
+        pytest.param({"blocks_per_feedback": 2}, id="other-grouping"),
+        pytest.param({"feedback_space": "logits", "feedback_init": "gaussian"}, id="other-space"),
+    ],
+)
+def test_feedback_of_another_grouping_is_refused(other, tmp_path):
+    saved = stopped(DEEP, tmp_path / "straight", max_steps=10, **LEARNED)
+    with pytest.raises(ValueError, match=r"another model or grouping: expected matrices .*, found .*Resume with"):
+        refused(tmp_path / "resumed", saved, **LEARNED | other)

@@ -1,0 +1,190 @@
+"""The options: from keywords, a YAML file, the command line; with their help, presets and refusals."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from grape_hf import GrapeArgumentsMixin, GrapeTrainingArguments
+from grape_hf.training_args import PRESETS
+
+FIELDS = {f.name: f for f in dataclasses.fields(GrapeArgumentsMixin)}
+HINTS = get_type_hints(GrapeArgumentsMixin)
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """The values that the type of an option lists."""
+    for part in (HINTS[name], *get_args(HINTS[name])):
+        if get_origin(part) is Literal:
+            return get_args(part)
+    return ()
+
+
+CHOICES = [(name, value) for name in FIELDS for value in choices(name)]
+NUMBERS = {
+    "blocks_per_feedback": (int, [0, 1.5]),
+    "feedback_lr": (float, [-0.1]),
+    "jvp_fraction": (float, [0, 1.5]),
+    "jvp_every": (int, [0, 2.5]),
+    "calibration_interval": (float, [0, -1]),
+    "calibration_threshold": (float, [-1.5, 2]),
+    "calibration_cooldown": (int, [0]),
+    "alignment_steps": (int, [-1, 0.5]),
+}
+
+
+def from_keywords(folder: Path, **options: Any) -> GrapeTrainingArguments:
+    return GrapeTrainingArguments(output_dir=str(folder), **options)
+
+
+def from_yaml(folder: Path, **options: Any) -> GrapeTrainingArguments:
+    file = folder / "options.yaml"
+    file.write_text(yaml.safe_dump({"output_dir": str(folder)} | options))
+    (args,) = HfArgumentParser(GrapeTrainingArguments).parse_yaml_file(str(file))
+    return args
+
+
+def from_command_line(folder: Path, **options: Any) -> GrapeTrainingArguments:
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    (args,) = HfArgumentParser(GrapeTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(folder), *words]
+    )
+    return args
+
+
+ways = pytest.mark.parametrize("make", [from_keywords, from_yaml, from_command_line], ids=lambda way: way.__name__)
+
+
+def compatible(name: str, value: Any) -> dict[str, Any]:
+    """What some values want beside them."""
+    more = {"perturbation_space": {"feedback_rule": "cosine"}}.get(name, {})
+    return {name: value} | more
+
+
+@ways
+@pytest.mark.parametrize(("name", "value"), CHOICES, ids=lambda part: str(part))
+def test_every_value_listed_is_accepted(make, name, value, tmp_path):
+    assert getattr(make(tmp_path, **compatible(name, value)), name) == value
+
+
+@ways
+@pytest.mark.parametrize("name", [name for name in FIELDS if choices(name)])
+def test_other_values_are_refused(make, name, tmp_path, capsys):
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        make(tmp_path, **{name: "nonsense"})
+    message = str(caught.value) if caught.type is ValueError else capsys.readouterr().err
+    assert name in message
+    assert "nonsense" in message
+    assert all(value in message for value in choices(name))
+
+
+@ways
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, (_, values) in NUMBERS.items() for v in values])
+def test_numbers_out_of_range_are_refused(make, name, value, tmp_path, capsys):
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        make(tmp_path, **{name: value})
+    message = str(caught.value) if caught.type is ValueError else capsys.readouterr().err
+    assert name in message
+    assert str(value) in message
+
+
+def test_no_number_is_forgotten():
+    kinds = (int, float)
+    assert set(NUMBERS) == {n for n, hint in HINTS.items() if hint in kinds or set(get_args(hint)) & set(kinds)}
+
+
+@ways
+def test_numbers_keep_their_kind(make, tmp_path):
+    """YAML reads 1e-3 as a string."""
+    args = make(tmp_path, feedback_lr="1e-3", jvp_every="2", jvp_fraction="5e-1", calibration_interval="1")
+    assert (args.feedback_lr, args.jvp_every, args.jvp_fraction, args.calibration_interval) == (0.001, 2, 0.5, 1.0)
+    assert [type(v) for v in (args.feedback_lr, args.jvp_every, args.calibration_interval)] == [float, int, float]
+
+
+def test_a_yaml_file_as_one_would_write_it(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"output_dir: {tmp_path}\nmethod: grape\nfeedback_lr: 1e-3\nfeedback_normalize: true\n"
+        "calibration_strategy: no\njvp_fraction: 0.25\n"
+    )
+    with pytest.raises(ValueError, match=r"calibration_strategy=False: expected one of .*'no'"):
+        HfArgumentParser(GrapeTrainingArguments).parse_yaml_file(str(file))
+    file.write_text(file.read_text().replace(": no", ': "no"'))
+    (args,) = HfArgumentParser(GrapeTrainingArguments).parse_yaml_file(str(file))
+    assert (args.feedback_lr, args.feedback_normalize, args.calibration_strategy) == (0.001, True, "no")
+
+
+@pytest.mark.parametrize("name", ["feedback_normalize", "calibration_refit"])
+def test_switches(name, tmp_path):
+    on = {name: True} | ({"calibration_strategy": "epoch"} if name == "calibration_refit" else {})
+    for make in (from_keywords, from_yaml, from_command_line):
+        assert getattr(make(tmp_path, **on), name) is True
+        assert getattr(make(tmp_path, **on | {name: False}), name) is False
+    for value in ("yes please", 2):
+        with pytest.raises(ValueError, match=f"{name}={value!r}: expected True or False"):
+            from_keywords(tmp_path, **on | {name: value})
+
+
+@pytest.mark.parametrize("preset", get_args(HINTS["grape_preset"]))
+def test_presets_fill_in_what_is_not_given(preset, tmp_path):
+    args = from_keywords(tmp_path, grape_preset=preset)
+    assert {name: getattr(args, name) for name in PRESETS[preset]} == PRESETS[preset]
+    assert not [name for name in FIELDS if getattr(args, name) is None and name != "blocks"]
+    given = from_keywords(tmp_path, grape_preset=preset, feedback_lr=0.5, perturbation_space="activation")
+    assert given.feedback_lr == 0.5
+    assert given.perturbation_space == "activation"
+    assert given.feedback_rule == PRESETS[preset]["feedback_rule"]
+
+
+def test_presets_agree_with_the_fields():
+    assert PRESETS.keys() == set(get_args(HINTS["grape_preset"]))
+    assert PRESETS["paper"].keys() == PRESETS["recommended"].keys()
+    assert PRESETS["paper"].keys() == {name for name, f in FIELDS.items() if f.default is None and name != "blocks"}
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        HfArgumentParser(GrapeTrainingArguments).parse_args(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, option in FIELDS.items():
+        assert f"--{name}" in text
+        help_text = option.metadata["help"]
+        assert " ".join(help_text.split())[:60].replace("%%", "%") in text
+        for value in choices(name):
+            assert value in help_text, f"{name}: the help does not say what {value} is"
+        if name in PRESETS["paper"]:
+            for preset, options in PRESETS.items():
+                assert f"{preset}: {options[name]}" in help_text
+
+
+def test_the_command_line_gives_what_keywords_give(tmp_path):
+    options = {
+        "method": "dfa",
+        "blocks": "transformer.h",
+        "feedback_init": "zero",
+        "feedback_lr": 0.5,
+        "calibration_strategy": "epoch",
+        "calibration_interval": 0.25,
+        "calibration_refit": True,
+    }
+    made = [make(tmp_path, **options) for make in (from_keywords, from_yaml, from_command_line)]
+    values = [{name: getattr(args, name) for name in FIELDS} for args in made]
+    assert values[0] == values[1] == values[2]
+
+
+def test_arguments_survive_their_own_dict_and_json(tmp_path):
+    args = from_keywords(tmp_path, grape_preset="paper", feedback_space="hidden")
+    again = GrapeTrainingArguments(**args.to_dict())
+    assert {name: getattr(again, name) for name in FIELDS} == {name: getattr(args, name) for name in FIELDS}
+    assert '"feedback_rule": "cosine"' in args.to_json_string()
+
+
+def test_they_are_training_arguments(tmp_path):
+    assert issubclass(GrapeTrainingArguments, TrainingArguments)
+    assert not set(FIELDS) & {f.name for f in dataclasses.fields(TrainingArguments)}
+    with pytest.raises(TypeError, match="feedback_rate"):
+        from_keywords(tmp_path, feedback_rate=0.1)
