@@ -210,18 +210,19 @@ class Boundaries:
         def hook(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             if self._mode is None:
                 return None
-            # A block returns its hidden states, or a tuple that starts with them.
-            h, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-            h = self._mode.at_boundary(index, h, block, args, kwargs)
-            return h if rest is None else (h, *rest)
+            # A block returns its hidden states, or a tuple or list that starts with them.
+            if isinstance(output, tuple | list):
+                h = self._mode.at_boundary(index, output[0], block, args, kwargs)
+                return type(output)((h, *output[1:]))
+            return self._mode.at_boundary(index, output, block, args, kwargs)
 
         return hook
 
     def _output_hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._mode is None:
             return None
-        if isinstance(output, tuple):
-            return (self._mode.at_output(output[0]), *output[1:])
+        if isinstance(output, tuple | list):
+            return type(output)((self._mode.at_output(output[0]), *output[1:]))
         return self._mode.at_output(output)
 
 

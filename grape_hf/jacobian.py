@@ -247,7 +247,7 @@ def _primal(value: Any) -> Any:
 
 
 def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _count(a: Tensor, mask: Tensor | None) -> Tensor:

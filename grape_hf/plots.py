@@ -195,6 +195,8 @@ def _label_steps(axes: Axes) -> None:
 
 def _mark_calibrations(axes: Axes, steps: Sequence[int], colour: str, label: str | None = None) -> None:
     """Put a triangle on the lower border at each step."""
+    if not steps:
+        return  # a line without points has no extent, and ruins the layout
     at_border = axes.get_xaxis_transform()  # x in steps, y in parts of the height
     (triangles,) = axes.plot(steps, [0.0] * len(steps), color=colour, label=label, transform=at_border)
     triangles.set(marker="^", markersize=7, linestyle="", clip_on=False, zorder=3)
@@ -210,7 +212,7 @@ def _edges(steps: Iterable[int]) -> np.ndarray:
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    columns = min(panels, 2)
+    columns = panels if panels <= 3 else 2
     rows = -(-panels // columns)
     figure = Figure(figsize=(6.4 * columns, 4.2 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()

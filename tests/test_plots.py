@@ -1,5 +1,6 @@
 """Plots: the data that goes into them, and pixels where a mistake would show."""
 
+import io
 import json
 from pathlib import Path
 
@@ -75,6 +76,17 @@ def test_heat_map_has_a_cell_for_each_boundary_and_step():
     corners = mesh.get_coordinates()
     assert corners[0, :, 0].tolist() == [5, 15, 30, 50]  # half-way between the steps logged
     assert corners[:, 0, 1].tolist() == [-0.5, 0.5, 1.5]
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_axes_fill_the_figure(calibrated: bool):
+    history = [{**entry, "calibration/steps": 0} for entry in HISTORY] if not calibrated else HISTORY
+    picture = figure.Figure(layout="constrained")
+    left, right = picture.subplots(1, 2)
+    draw_curves(left, {"GrAPE": history})
+    draw_alignment(right, history)
+    picture.savefig(io.BytesIO())  # lays it out
+    assert min(axes.get_position().width for axes in (left, right)) > 0.2
 
 
 def test_colours_differ_in_lightness_too():

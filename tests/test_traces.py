@@ -159,7 +159,7 @@ def no_collector() -> Iterator[None]:
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("problem", [PLAIN, NOISY], ids=lambda problem: problem.id)
 def test_no_activation_outlives_its_step(problem, tmp_path):
-    """NaN checks, logging and the next step come after ``step_end``: by then h_l, y and what hangs on them are gone."""
+    """NaN checks, logging and the next step come after ``step_end``: by then h_l, delta_l, y and e are gone."""
     alive: list[weakref.ref] = []
     kept: list[int] = []
 
@@ -169,8 +169,14 @@ def test_no_activation_outlives_its_step(problem, tmp_path):
         alive.clear()
 
     trainer = make_trainer(problem, tmp_path, more={"callbacks": [OnEvent("step_end", look)]}, **EVERYTHING)
+
+    def watch(module: nn.Module, args: Any, h: Tensor) -> None:
+        alive.append(weakref.ref(h))
+        if h.requires_grad:
+            h.register_hook(lambda error: alive.append(weakref.ref(error)))
+
     for block in trainer.model.blocks:
-        block.register_forward_hook(lambda module, args, h: alive.append(weakref.ref(h)))
+        block.register_forward_hook(watch)
         block.register_forward_pre_hook(lambda module, args: alive.append(weakref.ref(args[0])))
     trainer.train()
     assert kept == [0] * 10

@@ -48,13 +48,13 @@ PARTS = ["forward", "backward", "estimate", "refinement", "optimiser", "rest"]
 
 
 def main() -> None:
-    """Measure time, its parts and memory, and write the table."""
+    """Measure memory, time and its parts, and write the table."""
     setting = read_setting()
     torch.set_num_threads(setting["threads"])
     transformers.logging.set_verbosity_error()
+    memory = measure_memory(setting)
     with tempfile.TemporaryDirectory() as scratch:
         times, parts = measure_times(setting, Path(scratch))
-    memory = measure_memory(setting)
     result = {"setting": setting, "machine": machine(setting), "step_s": times, "parts_s": parts, "memory": memory}
     folder = TOP / setting["output_dir"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -237,6 +237,7 @@ def measure_memory(setting: dict[str, Any]) -> dict[str, dict[str, dict[str, int
             with context.Pool(1) as pool:
                 more = {CHECKPOINTING: True} if checkpointing else {}
                 found.setdefault(name, {})[label] = pool.apply(peak_memory, (setting, options | more))
+            print(f"memory, {label}, {name}: {found[name][label]}", flush=True)
     return found
 
 
