@@ -26,7 +26,8 @@ def feedback_alignment(B: Sequence[Tensor], J_hat: Sequence[Tensor]) -> Tensor:
 def delta_products(forwards: Sequence[Forward], B: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
     """Return the inner products behind cos(B_l e, delta_l), ``(L-1, 3)``: <B e, delta>, |B e|^2, |delta|^2.
 
-    They add up over micro-batches and ranks; ``delta_alignment`` turns the sum into cosines.
+    Zero where no exact gradient came: nothing before the boundary is trained. They add up over micro-batches and
+    ranks; ``delta_alignment`` turns the sum into cosines.
 
     Args:
         forwards: recorded forwards, with the ``grad`` of h_l and y filled by an ordinary backward.
@@ -36,7 +37,7 @@ def delta_products(forwards: Sequence[Forward], B: Sequence[Tensor], mask: Tenso
     rows = []
     for index, b in enumerate(B):
         total = torch.zeros(3, dtype=b.dtype, device=b.device)
-        for forward in forwards:
+        for forward in (f for f in forwards if f.exact(index)):
             _, delta = exact_pair(forward, index)
             assert forward.y is not None
             assert forward.y.grad is not None
@@ -66,6 +67,6 @@ def exact_alignment(
     with torch.enable_grad(), boundaries.record() as forwards:
         value = loss()
         reached = [t for f in forwards for t in (f.y, *f.h.values()) if t is not None and t.requires_grad]
-        # As inputs of a backward they get their ``grad``, and parameters get none.
-        torch.autograd.backward(value, inputs=reached)
+        if reached:  # as inputs of a backward they get their ``grad``, and parameters get none
+            torch.autograd.backward(value, inputs=reached)
     return delta_products(forwards, B, mask)

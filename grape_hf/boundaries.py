@@ -53,7 +53,7 @@ def project_error(e: Tensor, B: Tensor, h_shape: torch.Size, mask: Tensor | None
     delta = e_aligned @ B.mT.to(e.dtype)  # (batch, positions or 1, n_l)
     if e_aligned.shape[1] != positions:
         delta = delta.expand(batch, positions, B.shape[0])
-        if mask is not None:
+        if mask is not None and mask.shape == (batch, positions):
             delta = delta * mask.to(delta)[..., None]
     return delta.reshape(h_shape)
 
@@ -106,6 +106,11 @@ class Forward:
 
     h: dict[int, Tensor] = field(default_factory=dict)
     y: Tensor | None = None
+
+    def exact(self, index: int) -> bool:
+        """Whether a backward left exact gradients at boundary ``index`` and at y: not where all before is frozen."""
+        h = self.h.get(index)
+        return h is not None and h.grad is not None and self.y is not None and self.y.grad is not None
 
 
 class OutputReached(Exception):
@@ -180,6 +185,8 @@ class Boundaries:
     def perturb(self, inject: Callable[[int, Tensor, nn.Module, tuple, dict], Tensor]) -> Iterator[Forward]:
         """Replace h_l by ``inject(index, h, block, args, kwargs)`` in one forward, which ends when y is reached.
 
+        Where this is entered with gradients enabled, a forward without them that comes first (generation, a reference
+        model) is left alone, as in the other modes; ``inject`` may disable gradients when it is called first.
         The forward is cut short by an exception that this manager catches, so nothing behind y is computed.
         ``forward.y`` holds y afterwards; the last two arguments of ``inject`` are what the block was called with.
 
@@ -297,11 +304,15 @@ class _RecordMode(_Mode):
 class _PerturbMode(_Mode):
     def __init__(self, inject: Callable[[int, Tensor, nn.Module, tuple, dict], Tensor]) -> None:
         self.inject, self.forward = inject, Forward()
+        self.under_way = not torch.is_grad_enabled()  # else the forward meant begins with gradients
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        return self.inject(index, h, block, args, kwargs)
+        self.under_way = self.under_way or torch.is_grad_enabled()
+        return self.inject(index, h, block, args, kwargs) if self.under_way else h
 
     def at_output(self, y: Tensor) -> Tensor:
+        if not self.under_way:
+            return y
         self.forward.y = y
         raise OutputReached
 

@@ -116,7 +116,11 @@ def refit_moments(forwards: Sequence[Forward], n_boundaries: int) -> list[tuple[
     for index in range(n_boundaries):
         terms = []
         for forward in forwards:
-            e, delta = exact_pair(forward, index)
+            if forward.exact(index):
+                e, delta = exact_pair(forward, index)
+            else:  # nothing before the boundary is trained: zeros, by which a refit changes nothing
+                assert forward.y is not None
+                e, delta = (torch.zeros_like(as_vectors(t)[:, :1]).float() for t in (forward.y, forward.h[index]))
             e = e.expand(-1, delta.shape[1], -1).flatten(0, 1)
             terms.append((e.mT @ e, e.mT @ delta.flatten(0, 1)))
         moments.append((sum(t[0] for t in terms), sum(t[1] for t in terms)))  # type: ignore[arg-type]

@@ -160,7 +160,8 @@ def jacobian_terms(
         passes: ``joint``, one for all boundaries, or ``per_block``, one for each: less noise, L - 1 times the cost.
         spaces: for each boundary, where the perturbation is drawn; activation space by default.
         B: feedback matrices ``(n_l, n_y)`` for the control variate.
-        mask: ``(batch, positions)``, nonzero where a position is not padding; the others have no say.
+        mask: ``(batch, positions)``, nonzero where a position is not padding; the others have no say. Not heeded where
+            the model sees another batch (chosen and rejected texts in one).
 
     Raises:
         ForwardModeError: in dual mode, if an operator has no forward-mode rule or the tangent got lost on the way.
@@ -182,7 +183,7 @@ def jacobian_terms(
                     v, a = _weight_tangent(h, block, args, kwargs, noise.weights(index, block), mode)
             else:
                 v, a = _activation_tangent(h, noise, index)
-            if mask is not None and v.shape[1] == mask.shape[1]:
+            if mask is not None and v.shape[:2] == mask.shape:
                 v, a = (t * mask.to(t)[..., None] for t in (v, a))
             injected[index] = _Injected(v, a)  # noqa: B023
             return v.reshape(h.shape)
@@ -251,7 +252,7 @@ def _hidden(output: Any) -> Tensor:
 
 
 def _count(a: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None and a.shape[1] == mask.shape[1]:
+    if mask is not None and a.shape[:2] == mask.shape:
         return mask.count_nonzero().to(a.device)
     return torch.tensor(a.shape[0] * a.shape[1], device=a.device)
 
@@ -288,16 +289,19 @@ class _ConstantFactors(TorchFunctionMode):
 def _dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callable[[Inject], Tensor]:
     def run(inject: Inject) -> Tensor:
         def perturb(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+            torch.set_grad_enabled(False)
             primal, tangent = forward_ad.unpack_dual(h)
+            primal = primal.detach()
             v = inject(index, primal, block, args, kwargs)
             if v is None:
-                return h
+                return primal if tangent is None else h
             return forward_ad.make_dual(primal, v if tangent is None else tangent + v)
 
         # Of the fused attention kernels none has a forward-mode rule (pytorch#128971, #98164), the math backend does.
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _ConstantFactors():
             try:
-                with boundaries.perturb(perturb) as passed:
+                # With gradients up to h_1, so that forwards without them (generation) can be told from this one.
+                with torch.enable_grad(), boundaries.perturb(perturb) as passed:
                     forward()
             except (RuntimeError, NotImplementedError) as error:
                 if isinstance(error, NotImplementedError) or "forward AD" in str(error) or "jvp" in str(error):
@@ -317,6 +321,8 @@ def _difference_runner(boundaries: Boundaries, forward: Callable[[], object]) ->
 
     def output(inject: Inject | None) -> Tensor:
         def perturb(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+            torch.set_grad_enabled(False)
+            h = h.detach()
             if torch.is_autocast_enabled(device_type):
                 # A difference of 1e-4 is below bf16's resolution. The model enters its own autocast (accelerate puts
                 # it into `forward`), so it can only be left from within; the context below puts the state back.
@@ -331,6 +337,7 @@ def _difference_runner(boundaries: Boundaries, forward: Callable[[], object]) ->
             return h if v is None else h + _STEP[h.dtype] * v
 
         with (
+            torch.enable_grad(),  # as in a dual pass
             torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type)),
             boundaries.perturb(perturb) as passed,
         ):

@@ -184,13 +184,10 @@ class GrapeRun:
             return
         with self.boundaries.record() as forwards:
             yield
-        # What has no exact gradient (a frozen start of the model) cannot be compared with.
-        forwards = [f for f in forwards if f.y is not None and all(t.grad is not None for t in (f.y, *f.h.values()))]
-        if forwards:
-            with torch.no_grad():
-                self._add_products(delta_products(forwards, self.feedback.B, mask))
-                if self.options.calibration_refit:
-                    self._add_moments(refit_moments(forwards, len(self.boundaries)))
+        with torch.no_grad():
+            self._add_products(delta_products(forwards, self.feedback.B, mask))
+            if self.options.calibration_refit and forwards:
+                self._add_moments(refit_moments(forwards, len(self.boundaries)))
 
     def measure(self, loss: Callable[[], Tensor], mask: Tensor | None = None) -> None:
         """Measure cos(B_l e, delta_l) on the side, by an ordinary backward that reaches no parameter.
@@ -306,8 +303,11 @@ class GrapeRun:
         self._moments = moments
 
     def _log_alignment(self, kind: str, cosines: Tensor) -> None:
-        self.schedule.observe(cosines.mean())
-        self.metrics[f"alignment/{kind}/mean"] = cosines.mean()
+        mean = cosines.nanmean()  # NaN at a boundary before which nothing is trained
+        # The adaptive schedule watches one of the two: the exact one where it is measured regularly.
+        if kind == ("exact" if self.options.alignment_steps else "estimate"):
+            self.schedule.observe(mean)
+        self.metrics[f"alignment/{kind}/mean"] = mean
         self.metrics |= {f"alignment/{kind}/h_{i}": c for i, c in enumerate(cosines, 1)}
 
 
@@ -342,10 +342,11 @@ def probe_sizes(model: nn.Module, boundaries: Boundaries, forward: Callable[[], 
     seen: list[tuple[int, Tensor]] = []
 
     def look(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        seen.append((index, as_vectors(h)[:1, :1]))
+        torch.set_grad_enabled(False)
+        seen.append((index, as_vectors(h.detach())[:1, :1]))
         return h
 
-    with isolated(model), torch.no_grad(), boundaries.attached(), boundaries.perturb(look) as passed:
+    with isolated(model), torch.enable_grad(), boundaries.attached(), boundaries.perturb(look) as passed:
         model.eval()  # a batch norm has no batch statistics of one sample
         forward()
     order = [index for index, _ in seen]
