@@ -51,6 +51,7 @@ class GrapeRun:
         self.block_names, self.blocks = list(named)[:-1], list(named.values())
         if options.feedback_space == "logits":
             find_head(model)
+        self._batch_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
         self.current_step: int | None = None
         self.calibrating = False
         self.metrics: dict[str, Tensor | float] = {}
@@ -132,8 +133,10 @@ class GrapeRun:
         """Return which samples of a micro-batch the estimate is made on, given their places in the global batch.
 
         They are spread evenly over the global batch, its first sample always among them, so every rank and
-        micro-batch has its share.
+        micro-batch has its share. A model with batch norms gets them all: its Jacobian is of the batch as it is.
         """
+        if self._batch_norms:
+            return list(range(len(places)))
         share = Fraction(str(self.options.jvp_fraction))
         return [i for i, place in enumerate(places) if ceil((place + 1) * share) > ceil(place * share)]
 

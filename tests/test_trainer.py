@@ -478,3 +478,10 @@ def test_the_options_mix_with_other_arguments(tmp_path):
     again = SequenceArguments(**args.to_dict())
     names = [f.name for f in dataclasses.fields(GrapeArgumentsMixin)]
     assert {name: getattr(again, name) for name in names} == {name: getattr(args, name) for name in names}
+
+
+def test_batch_norms_get_the_whole_batch(tmp_path):
+    """A quarter of a batch of 4 is a single sample, of which a batch norm has no statistics."""
+    trainer = train(NOISY, tmp_path, jvp_every=1, jvp_fraction=0.25)
+    assert all(torch.isfinite(b).all() for b in trainer.feedback)
+    assert logged(trainer, "alignment/estimate/mean")

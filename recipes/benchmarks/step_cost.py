@@ -1,6 +1,6 @@
 r"""What does a step cost, in time and memory, beside a step of the stock ``transformers.Trainer``?
 
-    python recipes/benchmarks/step_cost.py                                   # about 6 minutes on two free cores
+    python recipes/benchmarks/step_cost.py                                   # about 8 minutes on two free cores
     python recipes/benchmarks/step_cost.py --rounds 2 --width 64             # a look: one minute
     taskset -c 0 python recipes/benchmarks/step_cost.py --threads 1 --clock cpu    # on a busy machine
     python recipes/benchmarks/step_cost.py --device cuda                     # the same on a GPU
@@ -9,7 +9,7 @@ GPT-2 of 6 layers, d 256, context 128, batch 8, vocabulary 8,192, random tokens,
 take turns: in each round every one trains for a burst of steps through its Trainer's own ``train()``, and a step is
 everything from one step's end to the next one's (data, forward, backward, clipping, optimiser, callbacks). A ratio is
 taken within a round, so that a slow spell of the machine hits both sides; what is stated is the median over rounds and
-the range. Where a step's time goes is measured in bursts of their own, with a clock read at each seam.
+the quartiles. Where a step's time goes is measured in bursts of their own, with a clock read at each seam.
 
 Memory is the most that tensors occupy at once, weights and optimiser state included, each method in a process of its
 own: on the CPU added up from torch's allocation events, on CUDA ``max_memory_allocated``. Every option of the YAML file
@@ -287,7 +287,7 @@ def table(result: dict[str, Any]) -> str:
     )
     where = f"{setting['threads']} thread(s), " if setting["device"] == "cpu" else ""
     lines = [
-        f"GPT-2, {shape}; float32, {where}{result['machine']['device']}, torch {result['machine']['torch']}, "
+        f"{shape}; float32, {where}{result['machine']['device']}, torch {result['machine']['torch']}, "
         f"transformers {result['machine']['transformers']}. Ratios to the {first}, whose step takes "
         f"{1e3 * statistics.median(usual):.0f} ms ({setting['clock']} clock): median of {setting['rounds']} rounds of "
         f"{setting['steps']} steps, and their quartiles. Memory: peak of all tensors.",
