@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +60,6 @@ def images(model: nn.Module, batch: int = 2) -> Tensor:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(find_blocks(model, "layer1,layer2,layer3" if isinstance(model, CifarResNet) else "blocks").values())
-
-
-def run_python(code: str, *args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "error::UserWarning", "-c", code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 # What they are
@@ -136,13 +130,17 @@ def test_blocks_leave_their_input_alone(name: str):
 
 
 @networks
-def test_activations_keep_their_size_at_the_start(name: str):
-    # He's weights keep the mean square of what enters a layer to within the noise of random weights and pooling.
+def test_weights_start_as_he_prescribes(name: str):
     model = timm.create_model(name)
-    scales = [model.forward_features(images(model, 8)).square().mean().sqrt().item()]
-    assert 0.2 < scales[0] < 20
-    logits = model(images(model, 8))
-    assert 0.05 < logits.std() < 20
+    for block in [model, *blocks_of(model)]:
+        for module in block.children():
+            if isinstance(module, nn.Conv2d):
+                # In front of a batch norm by the fan-out, as torchvision does, else by the fan-in.
+                channels = module.in_channels if module.bias is not None else module.out_channels
+                expected = (2 / (channels * module.weight[0, 0].numel())) ** 0.5
+                noise = expected / (2 * module.weight.numel()) ** 0.5  # of a standard deviation, for normal numbers
+                assert module.weight.std().item() == pytest.approx(expected, abs=5 * noise)
+                assert module.bias is None or not module.bias.any()
 
 
 # timm's conventions
@@ -261,40 +259,43 @@ def test_labels_give_the_loss():
 
 
 OPEN = """
-import sys, numpy, torch, grape_hf.vision
+import sys, numpy, torch, grape_hf
+assert "timm" not in sys.modules
 from transformers import AutoImageProcessor, AutoModelForImageClassification
-folder = sys.argv[1]
-model = AutoModelForImageClassification.from_pretrained(folder)
-assert not model.training and model.config.id2label == {0: "cat", 1: "dog", 2: "fish"}
-assert model.config.label2id == {"cat": 0, "dog": 1, "fish": 2}
-AutoImageProcessor.from_pretrained(folder)
-x = torch.from_numpy(numpy.load(folder + "/x.npy"))
-assert torch.equal(model(x).logits, torch.from_numpy(numpy.load(folder + "/y.npy")))
-model.save_pretrained(folder + "/again")
+try:
+    AutoModelForImageClassification.from_pretrained(sys.argv[1])
+except ImportError as error:
+    print(error)
+import grape_hf.vision
+for folder in sys.argv[1:]:
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert not model.training and model.config.id2label == {0: "cat", 1: "dog", 2: "fish"}
+    assert model.config.label2id == {"cat": 0, "dog": 1, "fish": 2}
+    AutoImageProcessor.from_pretrained(folder)
+    x, y = (torch.from_numpy(numpy.load(f"{folder}/{name}.npy")) for name in "xy")
+    assert torch.equal(model(x).logits, y)
+    model.save_pretrained(folder + "/again")
 """
 
 
-def test_saved_folder_opens_in_another_process(tmp_path: Path):
-    model = image_classifier("resnet20_cifar", LABELS, in_chans=1)
-    x = torch.randn(2, 1, 32, 32)
-    model(x)  # moves the running statistics
-    model.eval().save_pretrained(tmp_path)
-    np.save(tmp_path / "x.npy", x)
-    np.save(tmp_path / "y.npy", model(x).logits.detach())
-    done = run_python(OPEN, tmp_path)
+def test_saved_folders_open_in_another_process_after_one_import(tmp_path: Path):
+    folders = [tmp_path / name for name in SMALL]
+    for folder in folders:
+        model = image_classifier(folder.name, LABELS, in_chans=1)
+        x = torch.randn(2, 1, 32, 32)
+        model(x)  # moves the running statistics
+        model.eval().save_pretrained(folder)
+        np.save(folder / "x.npy", x)
+        np.save(folder / "y.npy", model(x).logits.detach())
+    command = [sys.executable, "-W", "error::UserWarning", "-c", OPEN, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    first, again = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, tmp_path / "again"))
-    assert first == again
-    assert first["model_args"] == {"in_chans": 1}
-    assert (first["num_classes"], first["label_names"]) == (3, LABELS)
-
-
-def test_without_the_import_the_error_names_our_module(tmp_path: Path):
-    image_classifier("mnist_cnn", LABELS).save_pretrained(tmp_path)
-    code = "import sys; from transformers import AutoModelForImageClassification as A; A.from_pretrained(sys.argv[1])"
-    done = run_python(code, tmp_path)
-    assert done.returncode == 1
-    assert "The model architecture 'mnist_cnn.grape_hf.vision' is not supported" in done.stderr
+    assert "The model architecture 'mnist_cnn.grape_hf.vision' is not supported" in done.stdout
+    for folder in folders:
+        first, again = (json.loads((f / "config.json").read_text()) for f in (folder, folder / "again"))
+        assert first == again
+        assert first["model_args"] == {"in_chans": 1}
+        assert (first["num_classes"], first["label_names"]) == (3, LABELS)
 
 
 def test_loading_note():
@@ -323,7 +324,7 @@ def test_pipeline_on_an_image(name: str, mode: str, tmp_path: Path):
     ("architecture", "model_args", "input_size", "mean"),
     [
         ("resnet20_cifar", {}, (3, 32, 32), (0.5071, 0.4866, 0.4409)),
-        ("resnet20_cifar", {"in_chans": 1}, (1, 32, 32), pytest.approx([0.4729], abs=1e-4)),
+        ("resnet20_cifar", {"in_chans": 1}, (1, 32, 32), pytest.approx([0.4782], abs=1e-4)),
         ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1}, (3, 32, 32), (0.5, 0.5, 0.5)),
         (
             "resnet18",
@@ -368,12 +369,7 @@ def test_bad_arguments(architecture: str, labels: list[str], model_args: dict, m
         image_classifier(architecture, labels, **model_args)
 
 
-# The package, and learning
-
-
-def test_grape_hf_does_not_import_timm():
-    done = run_python("import sys, grape_hf; sys.exit('timm' in sys.modules or 'torchvision' in sys.modules)")
-    assert done.returncode == 0, done.stderr
+# Learning
 
 
 def test_every_network_has_a_configuration():

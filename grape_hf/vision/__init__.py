@@ -6,11 +6,8 @@ Importing this registers ``mnist_cnn``, ``cifar_cnn``, ``alexnet_cifar``, ``vgg1
 
 try:
     import timm  # noqa: F401
-    import torchvision  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        f"grape_hf.vision needs timm and torchvision: pip install 'grape_hf[vision]' ({error})."
-    ) from error
+    raise ImportError(f"grape_hf.vision needs timm: pip install 'grape_hf[vision]' ({error}).") from error
 
 from grape_hf.vision import networks
 from grape_hf.vision.classifier import image_classifier, loading_note

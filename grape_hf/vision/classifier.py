@@ -70,7 +70,7 @@ def image_classifier(architecture: str, labels: Sequence[str], **model_args: Any
     fresh = timm.create_model(architecture, num_classes=len(labels), **model_args)
     config = TimmWrapperConfig(
         architecture=f"{architecture}.{TAG}" if architecture in default_cfgs else architecture,
-        model_args=model_args or None,
+        model_args=model_args,
         pretrained_cfg=_processing(fresh, model_args),
         id2label=dict(enumerate(labels)),
         # As transformers does for the labels of ImageNet, two of which are cranes.
