@@ -20,8 +20,8 @@ from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-# Names that register_model does not add by itself. It appends to this list, so it is one.
-__all__ = ["TAG", "CifarResNet", "ConvBlock", "ConvNet", "ResidualBlock", "default_cfgs"]
+# register_model appends the networks' own names.
+__all__ = ["TAG", "CifarResNet", "ConvBlock", "ConvNet", "ResidualBlock", "Unit", "default_cfgs"]
 
 # timm's models carry a tag that tells where their weights are from; ours tells which module makes them known to timm.
 # It is in the name that transformers prints when a saved model is opened without that module.
@@ -294,7 +294,8 @@ def cifar_cnn(pretrained: bool = False, **kwargs: Any) -> ConvNet:
     """Three convolutions and a hidden linear layer for CIFAR, without norms; 643,492 parameters for 100 classes.
 
     3 x 32 x 32 -> 32 x 16 x 16 -> 64 x 8 x 8 -> 128 x 4 x 4 -> 256 -> classes. The paper's summary names a CNN that BP
-    brings to 74.66 % on CIFAR-10 and to 44.22 % on CIFAR-100, and gives no layers: these are ours.
+    brings to 74.66 % on CIFAR-10 and to 44.22 % on CIFAR-100, and gives no layers: these are ours, meant to end near
+    the same figures.
     """
     units = [Unit(32, pool=True), Unit(64, pool=True), Unit(128, pool=True), Unit(256, kernel=4, same=False)]
     return build_model_with_cfg(ConvNet, "cifar_cnn", pretrained, units=units, **kwargs)
