@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from grape_hf.boundaries import Boundaries, Forward, as_vectors, project_error
+from grape_hf.boundaries import Boundaries, Forward, project_error
 from grape_hf.feedback import exact_pair
 
 
@@ -41,7 +41,8 @@ def delta_products(forwards: Sequence[Forward], B: Sequence[Tensor], mask: Tenso
             _, delta = exact_pair(forward, index)
             assert forward.y is not None
             assert forward.y.grad is not None
-            feedback = as_vectors(project_error(forward.y.grad, b, forward.h[index].shape, mask)).to(delta)
+            layout = forward.layout
+            feedback = layout.vectors(project_error(forward.y.grad, b, forward.h[index].shape, mask, layout)).to(delta)
             products = (feedback * delta).sum(), feedback.square().sum(), delta.square().sum()
             total += torch.stack(products).to(total)
         rows.append(total.to(B[0].device))

@@ -1,20 +1,39 @@
 """Find a model's blocks f_1 .. f_L, the modules between which the feedback points h_1 .. h_{L-1} lie.
 
 In a Transformer they are the items of the one ``nn.ModuleList`` that the hidden states run through
-(``transformer.h``, ``model.layers``, ``gpt_neox.layers``). This module answers which modules and in what order; it
-changes nothing and runs nothing. Whether the blocks really run once each, in that order, is seen at the first forward
-(``boundaries.py``), which refuses a model that does otherwise.
+(``transformer.h``, ``model.layers``, ``gpt_neox.layers``). Vision models have stages, lists in one another or one after
+the other (``layer1`` .. ``layer4``, ``stages.0.blocks``): they are joined to one chain. A plain stack of convolutions
+(VGG) is cut before each of them. This module answers which modules and in what order; it changes nothing and runs
+nothing. Whether the blocks really run once each, in that order, and each on the output of the one before, is seen at
+the first forward (``run.py``), which refuses a model that does otherwise.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from torch import nn
 
 # A list is taken without asking when it holds this share of the parameters in all lists that could be meant.
 DOMINANT_SHARE = 2 / 3
+# How the lists of blocks inside a stage are called. A residual block may hold a list too (HF ResNet's `layer`).
+_LISTS_IN_STAGES = ("blocks", "layers")
+
+Chain = dict[str, nn.Module]
 
 
-def find_blocks(model: nn.Module, blocks: str | None = None) -> dict[str, nn.Module]:
+class Unit(nn.Sequential):
+    """Consecutive modules of a plain stack, as one block: convolution, norm, activation, pool.
+
+    The model calls its parts and never the unit, so that hooks belong on the parts (``ends``).
+    """
+
+
+def ends(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the module that gets a block's input and the one that makes its output: the block itself, twice."""
+    return (block[0], block[-1]) if isinstance(block, Unit) else (block, block)
+
+
+def find_blocks(model: nn.Module, blocks: str | None = None) -> Chain:
     """Return the blocks of ``model`` in the order in which they run, by their names in the model.
 
     Args:
@@ -33,7 +52,7 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> dict[str, nn.Mod
     for wanted in (part.strip() for part in blocks.split(",")):
         name, module = _named(model, wanted)
         if isinstance(module, nn.ModuleList | nn.Sequential):
-            found |= {f"{name}.{i}": item for i, item in enumerate(module)}
+            found |= _units(module, name) or {f"{name}.{child}": item for child, item in module.named_children()}
         else:
             found[name] = module
     for name, block in found.items():
@@ -66,36 +85,99 @@ def find_head(model: nn.Module) -> nn.Module:
     )
 
 
-def _search(model: nn.Module) -> dict[str, nn.Module]:
-    candidates = dict(_block_lists(model))
+def _search(model: nn.Module) -> Chain:
+    candidates = [chain for chain in _chains(model) if chain]
     if not candidates:
+        stacks = [_units(m, name) for name, m in model.named_modules() if isinstance(m, nn.Sequential)]
+        longest = max(stacks, key=len, default={})
+        if len(longest) > 1:
+            return longest
         raise ValueError(
-            f"found no blocks in {type(model).__name__}: expected an nn.ModuleList whose items the hidden states run "
-            'through, one after the other. Name the blocks: GrapeTrainingArguments(blocks="first_name,second_name").'
+            f"found no blocks in {type(model).__name__}: expected an nn.ModuleList or nn.Sequential whose items the "
+            "hidden states run through, one after the other. Name the blocks: "
+            'GrapeTrainingArguments(blocks="first_name,second_name").'
         )
-    sizes = {name: sum(p.numel() for p in items.parameters()) for name, items in candidates.items()}
-    largest = max(sizes, key=lambda name: sizes[name])
-    if sizes[largest] < DOMINANT_SHARE * sum(sizes.values()):
-        listed = ", ".join(f"{name} ({len(c)} x {type(c[0]).__name__})" for name, c in candidates.items())
+    sizes = [sum(p.numel() for block in chain.values() for p in block.parameters()) for chain in candidates]
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
+    if sizes[largest] < DOMINANT_SHARE * sum(sizes):
+        listed = ", ".join(_describe(chain) for chain in candidates)
+        name = next(iter(candidates[largest])).rpartition(".")[0]
         raise ValueError(
             f"cannot tell which blocks of {type(model).__name__} get direct feedback. Expected one chain of like "
             f"blocks between input and output, found several lists: {listed}. Name one: "
-            f'GrapeTrainingArguments(blocks="{largest}").'
+            f'GrapeTrainingArguments(blocks="{name}").'
         )
-    return {f"{largest}.{i}": block for i, block in enumerate(candidates[largest])}
+    return candidates[largest]
 
 
-def _block_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """Outermost lists whose items are composite modules: what lies inside a block (experts, heads) is not listed."""
+def _chains(module: nn.Module, prefix: str = "") -> Iterator[Chain]:
+    """Outermost lists of composite modules, each as one chain: what lies inside a block (experts, heads) is not listed.
+
+    Sequentials side by side run one after the other (``layer1`` .. ``layer4``) and make one chain.
+    """
+    stages: Chain = {}
     for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) and all(_is_block(item) for item in child):
-            yield prefix + name, child
+        listed = _items(child, prefix + name)
+        if isinstance(child, nn.Sequential) and listed:
+            stages |= listed
+        elif listed:
+            yield listed
         else:
-            yield from _block_lists(child, f"{prefix}{name}.")
+            yield from _chains(child, f"{prefix}{name}.")
+    yield stages
+
+
+def _items(module: nn.Module, name: str) -> Chain:
+    """The blocks in a list, those of its stages if its items are stages; empty if this is no list of blocks."""
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        return {}
+    children = {f"{name}.{child}": item for child, item in module.named_children()}
+    blocks = {child: item for child, item in children.items() if _is_block(item)}
+    # A stem, norms and pools may stand in a Sequential beside the blocks (DenseNet); a ModuleList holds like items.
+    if len(blocks) != len(children) and (isinstance(module, nn.ModuleList) or len(blocks) < 2):
+        return {}
+    found: Chain = {}
+    for child, item in blocks.items():
+        found |= _inner(item, child) or {child: item}
+    return found
+
+
+def _inner(item: nn.Module, name: str) -> Chain:
+    """The blocks inside an item that is itself a stage: a list, or a module with one and no shortcut around it."""
+    if isinstance(item, nn.Sequential):
+        children = {f"{name}.{child}": block for child, block in item.named_children()}
+        return _items(item, name) if all(map(_is_block, children.values())) else {}
+    lists = [child for child in _LISTS_IN_STAGES if hasattr(item, child)]
+    if len(lists) != 1 or hasattr(item, "shortcut"):
+        return {}
+    return _items(getattr(item, lists[0]), f"{name}.{lists[0]}")
+
+
+def _units(module: nn.Module, name: str) -> Chain:
+    """A plain stack, cut before each convolution or linear layer; empty if the module holds anything composite."""
+    children = list(module.named_children())
+    if not isinstance(module, nn.Sequential) or any(any(True for _ in child.children()) for _, child in children):
+        return {}
+    weighted = [i for i, (_, child) in enumerate(children) if isinstance(child, _WEIGHTED)]
+    cuts = [0, *weighted[1:], len(children)]
+    if len(weighted) < 2:
+        return {}
+    return {
+        f"{name}.{children[end - 1][0]}": Unit(*(child for _, child in children[start:end]))
+        for start, end in pairwise(cuts)
+    }
+
+
+_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+def _describe(chain: Chain) -> str:
+    first = next(iter(chain))
+    return f"{first.rpartition('.')[0]} ({len(chain)} x {type(chain[first]).__name__})"
 
 
 def _is_block(module: nn.Module) -> bool:
-    return any(True for _ in module.children()) and _has_parameters(module)
+    return any(_has_parameters(child) for child in module.children())
 
 
 def _has_parameters(module: nn.Module) -> bool:
@@ -110,7 +192,7 @@ def _named(model: nn.Module, wanted: str) -> tuple[str, nn.Module]:
     matches = [name for name in modules if name.endswith(f".{wanted}")]
     if len(matches) == 1:
         return matches[0], modules[matches[0]]
-    lists = [f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in _block_lists(model)]
+    lists = [_describe(chain) for chain in _chains(model) if chain]
     problem = f"stands for several modules: {', '.join(matches)}" if matches else "does not exist"
     raise ValueError(
         f"blocks={wanted!r} {problem} in {type(model).__name__}. Expected the name of a module, as in "

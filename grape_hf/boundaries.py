@@ -9,9 +9,8 @@ mode, always set by a ``with``, says what they do in a step; without a mode the 
 - ``record``: keep h_l and y of an ordinary forward, for the exact delta_l.
 - ``perturb``: replace each h_l by what a function returns for it, and hand out y (forward-mode estimates).
 
-``h``, ``e`` and ``y`` are seen as vectors: ``(batch, positions, n)`` with one position for what is not a sequence, and
-maps ``(batch, C, H, W)`` flattened. Where y has other positions than h_l (a classifier), e_b is summed over positions
-and the same B_l e_b goes to each position of h_l.
+``h``, ``e`` and ``y`` are seen as vectors, ``(batch, positions, n)`` (``layout.py``). Where y has other positions than
+h_l (a classifier), e_b is summed over positions and the same B_l e_b goes to each position of h_l.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,20 +23,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-
-def as_vectors(h: Tensor) -> Tensor:
-    """View an activation as ``(batch, positions, n)``: tokens keep their positions, maps are flattened to one."""
-    if h.ndim == 2:
-        return h.unsqueeze(1)
-    return h if h.ndim == 3 else h.flatten(1).unsqueeze(1)
+from grape_hf.blocks import ends
+from grape_hf.layout import AUTO, Layout, align_positions
 
 
-def align_positions(e: Tensor, positions: int) -> Tensor:
-    """Sum ``e``, ``(batch, S, n)``, over positions unless it has as many as asked for: one error per sample then."""
-    return e if e.shape[1] == positions else e.sum(1, keepdim=True)
-
-
-def project_error(e: Tensor, B: Tensor, h_shape: torch.Size, mask: Tensor | None = None) -> Tensor:
+def project_error(
+    e: Tensor, B: Tensor, h_shape: torch.Size, mask: Tensor | None = None, layout: Layout = AUTO
+) -> Tensor:
     r"""Return delta_l = B_l e for every position of h_l.
 
     Args:
@@ -46,22 +38,24 @@ def project_error(e: Tensor, B: Tensor, h_shape: torch.Size, mask: Tensor | None
         h_shape: shape of h_l, which is the shape of the result.
         mask: ``(batch, positions)``, nonzero where a position is not padding; needed only where one error per sample
             goes to several positions.
+        layout: how h_l and e are seen as vectors.
     """
-    batch, positions = h_shape[0], h_shape[1] if len(h_shape) == 3 else 1
-    e = as_vectors(e).to(B.device)
+    batch, positions = h_shape[0], h_shape.numel() // (h_shape[0] * B.shape[0])
+    e = layout.vectors(e).to(B.device)
     e_aligned = align_positions(e, positions)
     delta = e_aligned @ B.mT.to(e.dtype)  # (batch, positions or 1, n_l)
     if e_aligned.shape[1] != positions:
         delta = delta.expand(batch, positions, B.shape[0])
         if mask is not None and mask.shape == (batch, positions):
             delta = delta * mask.to(delta)[..., None]
-    return delta.reshape(h_shape)
+    return layout.restore(delta, h_shape)
 
 
 class _Star:
     """Where the error of one forward waits for the blocks: the node at y puts it in, the nodes at each h_l read it."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         self.e: Tensor | None = None
 
 
@@ -81,7 +75,8 @@ class _Receive(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None, None]:
         assert ctx.star.e is not None, "the error arrives before any block is reached"
-        return project_error(ctx.star.e, ctx.B, ctx.h_shape, ctx.mask).to(ctx.dtype), None, None, None
+        star = ctx.star
+        return project_error(star.e, ctx.B, ctx.h_shape, ctx.mask, star.layout).to(ctx.dtype), None, None, None
 
 
 class _Broadcast(torch.autograd.Function):
@@ -104,6 +99,7 @@ class _Broadcast(torch.autograd.Function):
 class Forward:
     """What one forward of the model showed: ``h`` by the boundary's index (0 for h_1), and ``y``."""
 
+    layout: Layout = AUTO
     h: dict[int, Tensor] = field(default_factory=dict)
     y: Tensor | None = None
 
@@ -124,16 +120,22 @@ class Boundaries:
         blocks: the blocks whose outputs are h_1 .. h_L, in order. To let several blocks share one feedback point
             leave out all but the last of each group.
         output: the module whose output is y; the last block by default.
+        layout: how activations are seen as vectors.
+
+    Attributes:
+        copied: boundaries whose h_l the next block changes in place, which therefore gets a copy (``probe``).
 
     Raises:
         ValueError: if there is no block.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], output: nn.Module | None = None) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], output: nn.Module | None = None, layout: Layout = AUTO) -> None:
         if not blocks:
             raise ValueError("expected at least one block, got none.")
         self.blocks = list(blocks)
-        self.output = self.blocks[-1] if output is None else output
+        self.output = ends(self.blocks[-1])[1] if output is None else output
+        self.layout = layout
+        self.copied: set[int] = set()
         self._mode: _Mode | None = None
 
     def __len__(self) -> int:
@@ -146,7 +148,11 @@ class Boundaries:
         handles: list[RemovableHandle] = []
         try:
             for index, block in enumerate(self.blocks[:-1]):
-                handles.append(block.register_forward_hook(self._boundary_hook(index), with_kwargs=True))
+                first, last = ends(block)
+                hook = _BoundaryHook(self, index, block)
+                if first is not last:
+                    handles.append(first.register_forward_pre_hook(hook.at_input, with_kwargs=True))
+                handles.append(last.register_forward_hook(hook.at_output, with_kwargs=True))
             handles.append(self.output.register_forward_hook(self._output_hook))
             yield
         finally:
@@ -169,7 +175,7 @@ class Boundaries:
             RuntimeError: if the blocks do not run once each, in order, up to y, or if a block's output carries no
                 gradient although it has weights to train: the gradients would be silently wrong.
         """
-        mode = _BroadcastMode(self.blocks, list(B), mask)
+        mode = _BroadcastMode(self, list(B), mask)
         with self._in_mode(mode):
             yield
             mode.close()
@@ -177,7 +183,7 @@ class Boundaries:
     @contextmanager
     def record(self) -> Iterator[list[Forward]]:
         """Keep h_l and y of each forward with gradients, and have an ordinary backward fill their ``grad``."""
-        mode = _RecordMode()
+        mode = _RecordMode(self)
         with self._in_mode(mode):
             yield mode.forwards
 
@@ -213,24 +219,36 @@ class Boundaries:
         finally:
             self._mode = previous
 
-    def _boundary_hook(self, index: int) -> Callable[..., Any]:
-        def hook(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            if self._mode is None:
-                return None
-            # A block returns its hidden states, or a tuple or list that starts with them.
-            if isinstance(output, tuple | list):
-                h = self._mode.at_boundary(index, output[0], block, args, kwargs)
-                return type(output)((h, *output[1:]))
-            return self._mode.at_boundary(index, output, block, args, kwargs)
-
-        return hook
-
     def _output_hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._mode is None:
             return None
         if isinstance(output, tuple | list):
             return type(output)((self._mode.at_output(output[0]), *output[1:]))
         return self._mode.at_output(output)
+
+
+class _BoundaryHook:
+    """The hooks of one block: at its output, and at its input where it is a part of a plain stack."""
+
+    def __init__(self, boundaries: Boundaries, index: int, block: nn.Module) -> None:
+        self.boundaries, self.index, self.block = boundaries, index, block
+        self.inputs: tuple[tuple, dict] | None = None
+
+    def at_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if isinstance(self.boundaries._mode, _PerturbMode):
+            self.inputs = args, kwargs
+
+    def at_output(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        mode = self.boundaries._mode
+        if mode is None:
+            return None
+        args, kwargs = self.inputs or (args, kwargs)
+        self.inputs = None
+        # A block returns its hidden states, or a tuple or list that starts with them.
+        if isinstance(output, tuple | list):
+            h = mode.at_boundary(self.index, output[0], self.block, args, kwargs)
+            return type(output)((h, *output[1:]))
+        return mode.at_boundary(self.index, output, self.block, args, kwargs)
 
 
 class _Mode:
@@ -242,9 +260,9 @@ class _Mode:
 
 
 class _BroadcastMode(_Mode):
-    def __init__(self, blocks: list[nn.Module], B: list[Tensor], mask: Tensor | None) -> None:
-        self.blocks, self.B, self.mask = blocks, B, mask
-        self.star = _Star()  # of the forward under way
+    def __init__(self, boundaries: Boundaries, B: list[Tensor], mask: Tensor | None) -> None:
+        self.layout, self.copied, self.B, self.mask = boundaries.layout, boundaries.copied, B, mask
+        self.star = _Star(self.layout)  # of the forward under way
         self.waiting: dict[int, Tensor | None] = {}  # by boundary; None where nothing before it is trained
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
@@ -265,7 +283,7 @@ class _BroadcastMode(_Mode):
                 "weights to train. Reentrant activation checkpointing does this: set "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
-        return h.detach()
+        return h.detach().clone() if index in self.copied else h.detach()
 
     def at_output(self, y: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -273,7 +291,7 @@ class _BroadcastMode(_Mode):
         receivers = [r for r in self.waiting.values() if r is not None]
         if receivers:
             y = _Broadcast.apply(self.star, y, *receivers)
-        self.waiting, self.star = {}, _Star()  # a further forward for the same loss is a star of its own
+        self.waiting, self.star = {}, _Star(self.layout)  # a further forward for the same loss is a star of its own
         return y
 
     def close(self) -> None:
@@ -285,14 +303,16 @@ class _BroadcastMode(_Mode):
 
 
 class _RecordMode(_Mode):
-    def __init__(self) -> None:
+    def __init__(self, boundaries: Boundaries) -> None:
+        self.layout, self.copied = boundaries.layout, boundaries.copied
         self.forwards: list[Forward] = []
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         if torch.is_grad_enabled():
             if index == 0 or not self.forwards:
-                self.forwards.append(Forward())
+                self.forwards.append(Forward(self.layout))
             self.forwards[-1].h[index] = _keep_grad(h)
+            return h.clone() if index in self.copied else h
         return h
 
     def at_output(self, y: Tensor) -> Tensor:

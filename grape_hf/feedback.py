@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grape_hf.boundaries import Forward, align_positions, as_vectors
+from grape_hf.boundaries import Forward
 from grape_hf.jacobian import JacobianSum
+from grape_hf.layout import align_positions
 
 FeedbackInit = Literal["identity", "gaussian", "zero"]
 FeedbackRule = Literal["lms", "cosine", "ema"]
@@ -120,7 +121,8 @@ def refit_moments(forwards: Sequence[Forward], n_boundaries: int) -> list[tuple[
                 e, delta = exact_pair(forward, index)
             else:  # nothing before the boundary is trained: zeros, by which a refit changes nothing
                 assert forward.y is not None
-                e, delta = (torch.zeros_like(as_vectors(t)[:, :1]).float() for t in (forward.y, forward.h[index]))
+                vectors = (forward.layout.vectors(t) for t in (forward.y, forward.h[index]))
+                e, delta = (torch.zeros_like(v[:, :1]).float() for v in vectors)
             e = e.expand(-1, delta.shape[1], -1).flatten(0, 1)
             terms.append((e.mT @ e, e.mT @ delta.flatten(0, 1)))
         moments.append((sum(t[0] for t in terms), sum(t[1] for t in terms)))  # type: ignore[arg-type]
@@ -139,8 +141,9 @@ def exact_pair(forward: Forward, index: int) -> tuple[Tensor, Tensor]:
     if y is None or y.grad is None or h.grad is None:
         raise RuntimeError(f"no exact gradient reached boundary h_{index + 1} or the output y in this backward.")
     dtype = torch.promote_types(h.grad.dtype, torch.float32)
-    delta = as_vectors(h.grad).to(dtype)
-    return align_positions(as_vectors(y.grad).to(delta), delta.shape[1]), delta
+    vectors = forward.layout.vectors
+    delta = vectors(h.grad).to(dtype)
+    return align_positions(vectors(y.grad).to(delta), delta.shape[1]), delta
 
 
 class Feedback:
@@ -168,7 +171,7 @@ class Feedback:
         if self.rule == "lms":
             # A joint pass predicts q from sum_l n_l numbers: a full step needs at least as many samples of it.
             width = sum(b.shape[0] for b in self.B)
-            rates = [self.lr / (width / n).clamp(min=1) for n in estimate.counts]
+            rates = [self.lr / (width / n).clamp(min=1) for n in estimate.tangents]
             refined = [refine_lms(*args) for args in zip(self.B, means, rates, strict=True)]
         else:
             refine = refine_cosine if self.rule == "cosine" else refine_ema

@@ -5,7 +5,8 @@ out at the top; then
 
 .. math:: \hat J_l = \frac{1}{N} \sum_i q_i a_{l,i}^\top, \qquad a_l = v_l / s_l^2, \qquad E[\hat J_l] = J_l.
 
-``s_l`` is the root mean square of the h_l it is added to, vector by vector, so that no position drowns the others.
+``s_l`` is the root mean square of the h_l it is added to: of each token, so that no position drowns the others, and of
+each sample's map. A sample whose h_l is zero has no say.
 In a joint pass all boundaries are perturbed at once: the cross terms have mean zero, and one pass serves every l.
 Shapes: ``q`` is ``(batch, positions, n_y)``, ``v_l`` and ``a_l`` are ``(batch, positions, n_l)``, sums of
 ``(n_y, n_l)``. The passes run under ``no_grad``; what they must not disturb is ``isolation.py``'s business.
@@ -25,7 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from grape_hf.boundaries import Boundaries, align_positions, as_vectors
+from grape_hf.boundaries import Boundaries
+from grape_hf.layout import Layout, align_positions
 
 JvpMode = Literal["dual", "finite_difference"]
 Space = Literal["activation", "weight"]
@@ -82,18 +84,25 @@ class JacobianSum:
     Attributes:
         sums: for each boundary, ``(n_y, n_l)``.
         counts: for each boundary, the number N of vectors summed.
+        tangents: for each boundary, the number of different q in them: fewer than N where y has one position. N by
+            default.
     """
 
     sums: list[Tensor] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
+    tangents: list[Tensor] = field(default_factory=list)
 
-    def add(self, sums: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
+    def __post_init__(self) -> None:
+        self.tangents = self.tangents or list(self.counts)
+
+    def add(self, more: "JacobianSum") -> None:
         """Add the terms of one more micro-batch."""
-        if not self.sums:
-            self.sums, self.counts = list(sums), list(counts)
-        else:
-            self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
-            self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+        for mine, others in ((self.sums, more.sums), (self.counts, more.counts), (self.tangents, more.tangents)):
+            mine[:] = [a + b for a, b in zip(mine, others, strict=True)] if mine else others
+
+    def total(self, over_ranks: Callable[[Tensor], Tensor]) -> "JacobianSum":
+        """Return the sum over ranks, by the function given."""
+        return JacobianSum(*([over_ranks(t) for t in part] for part in (self.sums, self.counts, self.tangents)))
 
     def mean(self) -> list[Tensor]:
         """Return the estimates, ``(n_y, n_l)`` each; zero where nothing was summed (a batch of padding only)."""
@@ -141,7 +150,7 @@ def jacobian_terms(
     spaces: Sequence[Space] | None = None,
     B: Sequence[Tensor] | None = None,
     mask: Tensor | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> JacobianSum:
     r"""Compute the sums of rank-one terms of every boundary on one micro-batch, and the number of terms in each.
 
     With ``B``, the terms of the control-variate estimate (lms): the tangent that B predicts is taken away first,
@@ -169,8 +178,8 @@ def jacobian_terms(
     """
     run = _RUNNERS[mode](boundaries, forward)
     spaces = spaces or ["activation"] * len(boundaries)
-    sums: list[Tensor] = []
-    counts: list[Tensor] = []
+    layout = boundaries.layout
+    terms = JacobianSum()
     groups = [list(range(len(boundaries)))] if passes == "joint" else [[i] for i in range(len(boundaries))]
     for group in groups:
         injected: dict[int, _Injected] = {}
@@ -180,23 +189,25 @@ def jacobian_terms(
                 return None
             if spaces[index] == "weight":
                 with boundaries.off():
-                    v, a = _weight_tangent(h, block, args, kwargs, noise.weights(index, block), mode)
+                    v, a = _weight_tangent(h, block, args, kwargs, noise.weights(index, block), mode, layout)
             else:
-                v, a = _activation_tangent(h, noise, index)
+                v, a = _activation_tangent(h, noise, index, layout)
             if mask is not None and v.shape[:2] == mask.shape:
                 v, a = (t * mask.to(t)[..., None] for t in (v, a))
             injected[index] = _Injected(v, a)  # noqa: B023
-            return v.reshape(h.shape)
+            return layout.restore(v, h.shape)
 
-        q = as_vectors(run(inject))
+        q = layout.vectors(run(inject))
         if B is not None:
             q = q.to(torch.promote_types(q.dtype, torch.float32))
             for index, t in injected.items():
                 q = q - align_positions(t.v.to(q), q.shape[1]) @ B[index].to(q)
         for _, t in sorted(injected.items()):
-            sums.append(rank_one_sum(q.to(t.a.device), t.a))
-            counts.append(_count(t.a, mask))
-    return sums, counts
+            terms.sums.append(rank_one_sum(q.to(t.a.device), t.a))
+            terms.counts.append(_count(t.a, mask))
+            same = q.shape[1] == t.a.shape[1]
+            terms.tangents.append(terms.counts[-1] if same else torch.tensor(len(q), device=t.a.device))
+    return terms
 
 
 @dataclass
@@ -208,15 +219,15 @@ class _Injected:
 Inject = Callable[[int, Tensor, nn.Module, tuple, dict], Tensor | None]
 
 
-def _activation_tangent(h: Tensor, noise: Noise, index: int) -> tuple[Tensor, Tensor]:
-    h = as_vectors(h)
+def _activation_tangent(h: Tensor, noise: Noise, index: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    tokens, h = h.ndim == 3, layout.vectors(h)
     p = noise.vectors(index, h)
-    s = _rms(h, dim=(-1,))
-    return s * p, p / s
+    s = _rms(h, dim=(-1,) if tokens else (1, 2))
+    return s * p, torch.where(s > 0, p / s, 0.0)
 
 
 def _weight_tangent(
-    h: Tensor, block: nn.Module, args: tuple, kwargs: dict, p: dict[str, Tensor], mode: JvpMode
+    h: Tensor, block: nn.Module, args: tuple, kwargs: dict, p: dict[str, Tensor], mode: JvpMode, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """Return u = (dh/dW) p_W, scaled by c to the size of h, and u / c. The block's inputs are held fixed."""
     weights: dict[str, Tensor] = dict(block.named_parameters())
@@ -233,14 +244,14 @@ def _weight_tangent(
         eps = _STEP[h.dtype] * size.sqrt()
         weights = {name: w + eps * p[name] for name, w in weights.items()}
         u = (_hidden(functional_call(block, weights, args, kwargs)) - h) / eps
-    u = as_vectors(u)
-    c = _rms(as_vectors(h), dim=(1, 2)) / _rms(u, dim=(1, 2))
-    return c * u, u / c
+    u = layout.vectors(u)
+    c = _rms(layout.vectors(h), dim=(1, 2)) / _rms(u, dim=(1, 2)).clamp(min=torch.finfo(u.dtype).tiny)
+    return c * u, torch.where(c > 0, u / c, 0.0)
 
 
 def _rms(h: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Root mean square over ``dim``, which is kept; never zero, so that one may divide by it."""
-    return h.square().mean(dim, keepdim=True).sqrt().clamp(min=torch.finfo(h.dtype).eps)
+    """Root mean square over ``dim``, which is kept."""
+    return h.square().mean(dim, keepdim=True).sqrt()
 
 
 def _primal(value: Any) -> Any:

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 from grape_hf.alignment import delta_alignment, delta_products, exact_alignment, feedback_alignment
 from grape_hf.blocks import find_blocks, find_head
-from grape_hf.boundaries import Boundaries, as_vectors
+from grape_hf.boundaries import Boundaries
 from grape_hf.calibration import CalibrationSchedule
 from grape_hf.feedback import Feedback, initial_feedback, refit_moments
 from grape_hf.isolation import isolated
 from grape_hf.jacobian import ForwardModeError, JacobianSum, JvpMode, Noise, jacobian_terms
+from grape_hf.layout import Layout
+from grape_hf.probe import Probe, probe
+from grape_hf.shortcut import shortcut_feedback
 from grape_hf.training_args import GrapeArgumentsMixin
 
 logger = logging.getLogger(__name__)
@@ -66,41 +69,29 @@ class GrapeRun:
             steps_per_epoch: optimiser steps in an epoch, None where unknown.
 
         Raises:
-            ValueError: if ``feedback_init`` does not suit the shapes found, or the schedule the length of an epoch.
-            RuntimeError: if the blocks do not run once each, in order.
+            ValueError: if ``feedback_init`` does not suit the shapes found, the matrices are larger than
+                ``feedback_size_limit``, or the schedule needs the length of an epoch.
+            RuntimeError: if the blocks do not run once each, in order, each on the output of the one before.
         """
-        self._close_hooks()
+        self.close()
         self.schedule = calibration_schedule(self.options, self.seed, steps_per_epoch)
-        space, output = self._output(forward)
-        sizes, n_y = probe_sizes(self.model, Boundaries(self.blocks, output), forward)
-        init = self.options.feedback_init or "auto"
-        if init == "auto":
-            square = all(h.shape[-1] == n_y for h in sizes)
-            init = "identity" if space == "hidden" and square else "gaussian"
-        generator = torch.Generator().manual_seed(self.seed)
-        B = []
-        for name, h in zip(self.block_names, sizes, strict=True):
-            dtype = torch.promote_types(h.dtype, torch.float32)
-            try:
-                B.append(initial_feedback(init, h.shape[-1], n_y, generator, dtype).to(h.device))
-            except ValueError as error:
-                raise ValueError(f"at the output of {name}: {error}") from None
+        space, self.boundaries, shapes = self._look(forward)
+        self._refuse_size(shapes)
         options = self.options
+        B = self._initial_feedback(space, shapes, forward)
         self.feedback = Feedback(B, options.feedback_rule or "lms", options.feedback_lr or 0.0, self._normalize())
-        self.boundaries = Boundaries(self.blocks, output)
         self.jvp_mode = self._jvp_mode()
         self.spaces = [
             "weight" if self._in_weight_space(block, h.shape[-1]) else "activation"
-            for block, h in zip(self.blocks, sizes, strict=False)
+            for block, h in zip(self.blocks, shapes.h, strict=False)
         ]
         self._hooks.enter_context(self.boundaries.attached())
         self._started = True
-        shapes = f"{len(B)} feedback matrices, {sum(b.numel() for b in B):,} numbers"
-        logger.info(f"GrAPE: {len(self.blocks)} blocks, errors measured in {space} space, {init} start, {shapes}.")
 
     def close(self) -> None:
         """Take the hooks off the model. The feedback matrices stay."""
-        self._close_hooks()
+        self._hooks.close()
+        self._started = False
 
     def begin_step(self, step: int) -> None:
         """Say which optimiser step the coming micro-batch belongs to; decides what kind of step it is, once."""
@@ -152,7 +143,7 @@ class GrapeRun:
         noise = Noise(self.seed, self.current_step, places)
         B = self.feedback.B if self.feedback.rule == "lms" else None
 
-        def terms(mode: JvpMode) -> tuple[list[Tensor], list[Tensor]]:
+        def terms(mode: JvpMode) -> JacobianSum:
             with isolated(self.model):
                 return jacobian_terms(
                     self.boundaries,
@@ -166,13 +157,13 @@ class GrapeRun:
                 )
 
         try:
-            self._estimate.add(*terms(self.jvp_mode))
+            self._estimate.add(terms(self.jvp_mode))
         except ForwardModeError as error:
             if self.options.jvp_mode != "auto":
                 raise ForwardModeError(f'{error} Use jvp_mode="finite_difference".') from error
             logger.warning(f"GrAPE: finite differences in place of dual numbers from here on: {error}")
             self.jvp_mode = "finite_difference"
-            self._estimate.add(*terms(self.jvp_mode))
+            self._estimate.add(terms(self.jvp_mode))
 
     @contextmanager
     def step(self, mask: Tensor | None = None) -> Iterator[None]:
@@ -212,8 +203,9 @@ class GrapeRun:
         if self.estimating:
             if not self._estimate.sums:  # other ranks may hold the samples
                 zeros = [b.new_zeros(b.mT.shape) for b in self.feedback.B]
-                self._estimate.add(zeros, [torch.zeros((), dtype=torch.int64, device=b.device) for b in zeros])
-            estimate = JacobianSum([total(s) for s in self._estimate.sums], [total(n) for n in self._estimate.counts])
+                none = [torch.zeros((), dtype=torch.int64, device=b.device) for b in zeros]
+                self._estimate.add(JacobianSum(zeros, none))
+            estimate = self._estimate.total(total)
             self._log_alignment("estimate", feedback_alignment(self.feedback.B, self.feedback.jacobians(estimate)))
             self.feedback.refine(estimate)
         if self._products is not None:
@@ -258,29 +250,68 @@ class GrapeRun:
                 "another one that GrapeTrainer wrote."
             ) from error
 
-    def _close_hooks(self) -> None:
-        self._hooks.close()
-        self._started = False
-
     @property
     def started(self) -> bool:
         """Whether the hooks are on the model."""
         return self._started
 
-    def _output(self, forward: Callable[[], object]) -> tuple[str, nn.Module]:
+    def _look(self, forward: Callable[[], object]) -> tuple[str, Boundaries, Probe]:
+        """Decide where the error is measured, and run a sample through the boundaries that follow from it."""
         space = self.options.feedback_space or "auto"
-        if space == "hidden":
-            return space, self.blocks[-1]
+        # timm's way of saying that maps are (batch, H, W, C).
+        channels_last = any(str(getattr(m, "output_fmt", "")).endswith("NHWC") for m in self.model.modules())
+        layout = Layout(self.options.feedback_sharing or "auto", channels_last)
+
+        def look(output: nn.Module | None) -> tuple[Boundaries, Probe]:
+            boundaries = Boundaries(self.blocks, output, layout)
+            return boundaries, probe(self.model, boundaries, forward)
+
         try:
-            head = find_head(self.model)
+            head = None if space == "hidden" else find_head(self.model)
         except ValueError:
             if space == "logits":
                 raise
-            return "hidden", self.blocks[-1]
-        if space == "logits":
-            return space, head
-        sizes, classes = probe_sizes(self.model, Boundaries([*self.blocks, head]), forward)
-        return ("hidden", self.blocks[-1]) if sizes[-1].shape[-1] <= classes else ("logits", head)
+            head = None
+        if head is None:
+            return "hidden", *look(None)
+        logits = look(head)
+        if space == "auto" and (hidden := look(None))[1].n_y <= logits[1].n_y:
+            return "hidden", *hidden
+        return "logits", *logits
+
+    def _initial_feedback(self, space: str, shapes: Probe, forward: Callable[[], object]) -> list[Tensor]:
+        init = self.options.feedback_init or "auto"
+        square = space == "hidden" and all(h.shape[-1] == shapes.n_y for h in shapes.h)
+        if init == "auto":
+            init = "identity" if square else "gaussian"
+        total, numbers = len(shapes.h), sum(shapes.sizes)
+        logger.info(
+            f"GrAPE: {len(self.blocks)} blocks, errors measured in {space} space ({shapes.n_y} numbers), {init} start; "
+            f"{total} feedback matrices of {numbers:,} numbers, {numbers * 4 / 2**20:.1f} MiB."
+        )
+        if init == "identity" and not square:
+            return shortcut_feedback(self.model, self.boundaries, forward, self.block_names)
+        generator = torch.Generator().manual_seed(self.seed)
+        return [
+            initial_feedback(init, h.shape[-1], shapes.n_y, generator, torch.promote_types(h.dtype, torch.float32)).to(
+                h.device
+            )
+            for h in shapes.h
+        ]
+
+    def _refuse_size(self, shapes: Probe) -> None:
+        size, limit = sum(shapes.sizes) * 4 / 2**30, self.options.feedback_size_limit
+        if size <= limit:
+            return
+        largest = max(range(len(shapes.sizes)), key=shapes.sizes.__getitem__)
+        h = shapes.h[largest].shape[-1]
+        raise ValueError(
+            f"the feedback matrices would take {size:.1f} GiB, more than feedback_size_limit={limit} allows; the "
+            f"largest, at {self.block_names[largest]}, is {h:,} x {shapes.n_y:,}. Share one matrix among the positions "
+            'of a map (feedback_sharing="position" or "grid"), use fewer feedback points (blocks_per_feedback), '
+            'measure the error where it has fewer numbers (feedback_space="logits" for few classes), or raise the '
+            "limit."
+        )
 
     def _normalize(self) -> bool:
         return bool(self.options.feedback_normalize) and self.options.method == "grape"
@@ -334,30 +365,3 @@ def feedback_blocks(blocks: dict[str, nn.Module], per_feedback: int) -> dict[str
         for i, (name, block) in enumerate(blocks.items())
         if i == last or ((i + 1) % per_feedback == 0 and last - i >= per_feedback)
     }
-
-
-def probe_sizes(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object]) -> tuple[list[Tensor], int]:
-    """Run the model once without a trace; return a meta-like sample of each h_l as vectors, and n_y.
-
-    Raises:
-        RuntimeError: if the blocks do not run once each, in order, before y.
-    """
-    seen: list[tuple[int, Tensor]] = []
-
-    def look(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        torch.set_grad_enabled(False)
-        seen.append((index, as_vectors(h.detach())[:1, :1]))
-        return h
-
-    with isolated(model), torch.enable_grad(), boundaries.attached(), boundaries.perturb(look) as passed:
-        model.eval()  # a batch norm has no batch statistics of one sample
-        forward()
-    order = [index for index, _ in seen]
-    if order != list(range(len(boundaries))):
-        raise RuntimeError(
-            f"expected blocks 1 to {len(boundaries)} to run once each and in order, saw them run in the order "
-            f"{[index + 1 for index in order]}. Direct feedback needs a chain of blocks: name others with the option "
-            '`blocks`. With several forwards for one head use feedback_space="hidden".'
-        )
-    assert passed.y is not None
-    return [h for _, h in seen], as_vectors(passed.y).shape[-1]

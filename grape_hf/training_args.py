@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
         "feedback_space": "auto",
+        "feedback_sharing": "auto",
         "feedback_init": "auto",
         "feedback_rule": "lms",
         "feedback_lr": 0.02,
@@ -28,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "paper": {
         "feedback_space": "auto",
+        "feedback_sharing": "none",
         "feedback_init": "gaussian",
         "feedback_rule": "cosine",
         "feedback_lr": 0.1,
@@ -91,10 +93,20 @@ class GrapeArgumentsMixin:
         "Where the error is measured: `hidden`, the output of the last block (B_l is n_l x d_model; for language "
         "models), or `logits` (B_l is n_l x classes; for few classes). `auto`: the smaller.",
     )
+    feedback_sharing: Literal["auto", "none", "position", "grid"] | None = _option(
+        "feedback_sharing",
+        "What shares one B_l: every `position` of a sequence or map; every position within a cell of a 4 x 4 `grid` "
+        "over a map; or `none`, h_l is flattened. `auto`: positions of a sequence share, maps are flattened.",
+    )
+    feedback_size_limit: float = field(
+        default=2.0,
+        metadata={"help": "Refuse to train when all B_l together would take more than this, in GiB. Not in the paper."},
+    )
     feedback_init: Literal["auto", "identity", "gaussian", "zero"] | None = _option(
         "feedback_init",
-        "How B_l starts: `identity`, the Jacobian of the skip path, where h_l and y are of one size; `gaussian`, as in "
-        "DFA; `zero`. `auto`: identity where the sizes allow, else gaussian.",
+        "How B_l starts: `identity`, the Jacobian of the shortcut path alone, which is the identity matrix where h_l "
+        "and y are of one size; `gaussian`, as in DFA; `zero`. `auto`: identity in hidden space where the sizes are "
+        "one, else gaussian.",
     )
     feedback_rule: Literal["lms", "cosine", "ema"] | None = _option(
         "feedback_rule",
@@ -179,6 +191,7 @@ class GrapeArgumentsMixin:
         ranges: dict[str, tuple[type, float, float]] = {
             "blocks_per_feedback": (int, 1, float("inf")),
             "feedback_lr": (float, 0, float("inf")),
+            "feedback_size_limit": (float, 0, float("inf")),
             "jvp_fraction": (float, 1e-9, 1),
             "jvp_every": (int, 1, float("inf")),
             "calibration_interval": (float, 1e-9, float("inf")),

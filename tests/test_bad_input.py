@@ -107,7 +107,7 @@ NARROWING = Problem("narrowing", Narrowing, PLAIN.draw)
 
 def test_identity_needs_equal_sizes(tmp_path):
     trainer = make_trainer(NARROWING, tmp_path, feedback_init="identity")
-    with refusal("blocks.0", 'feedback_init="identity"', "n_l = 16 and n_y = 8", 'Use feedback_init="gaussian"'):
+    with refusal('feedback_init="identity"', "shortcut", "from blocks.0", 'Use feedback_init="gaussian"'):
         trainer.train()
     untrained(trainer, NARROWING)
 

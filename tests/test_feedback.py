@@ -119,7 +119,7 @@ def test_refit_moments_sum_over_positions_and_forwards():
     for _ in range(2):
         h, y = torch.zeros(3, 5, 6), torch.zeros(3, 5, 4)
         h.grad, y.grad = torch.randn(3, 5, 6), torch.randn(3, 5, 4)
-        forwards.append(Forward({0: h}, y))
+        forwards.append(Forward(h={0: h}, y=y))
         terms += [(e[:, None] * e, e[:, None] * d) for e, d in zip(y.grad.view(-1, 4), h.grad.view(-1, 6), strict=True)]
     ((ee, ed),) = refit_moments(forwards, 1)
     torch.testing.assert_close(ee, sum(t[0] for t in terms))

@@ -1,0 +1,77 @@
+"""How an activation is seen as vectors ``(batch, positions, n)``, which is what a feedback matrix multiplies.
+
+All positions of one activation share its matrix, so this is also what ``feedback_sharing`` means:
+
+==========  =======================  ============================================  ===================
+            ``(batch, n)``           tokens ``(batch, S, C)``                      maps ``(batch, C, H, W)``
+==========  =======================  ============================================  ===================
+none        1 position, n            1 position, S C                               1 position, C H W
+position    1 position, n            S positions, C                                H W positions, C
+grid        1 position, n            S positions, C                                H/g W/g positions, C g g
+auto        1 position, n            S positions, C                                1 position, C H W
+==========  =======================  ============================================  ===================
+
+``grid`` cuts the map into g x g cells, each with a matrix of its own that all positions inside the cell share; g is the
+largest divisor of H (of W) that is no larger than ``cells``.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+FeedbackSharing = Literal["auto", "none", "position", "grid"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Turns activations into vectors and back.
+
+    Args:
+        sharing: see above.
+        channels_last: whether four-dimensional activations are ``(batch, H, W, C)`` (timm's Swin).
+        cells: cells of the grid along each side, at most.
+    """
+
+    sharing: FeedbackSharing = "auto"
+    channels_last: bool = False
+    cells: int = 4
+
+    def vectors(self, h: Tensor) -> Tensor:
+        """Return ``h`` as ``(batch, positions, n)``."""
+        if h.ndim == 2:
+            return h.unsqueeze(1)
+        if h.ndim == 3 and self.sharing != "none":
+            return h
+        if h.ndim != 4 or self.sharing in ("none", "auto"):
+            return h.flatten(1).unsqueeze(1)
+        maps = h.movedim(-1, 1) if self.channels_last else h
+        batch, channels, height, width = maps.shape
+        rows, columns = self._cells(height), self._cells(width)
+        maps = maps.reshape(batch, channels, rows, height // rows, columns, width // columns)
+        return maps.permute(0, 3, 5, 1, 2, 4).reshape(batch, -1, channels * rows * columns)
+
+    def restore(self, vectors: Tensor, shape: torch.Size) -> Tensor:
+        """Return vectors ``(batch, positions, n)`` as an activation of ``shape``: the inverse of ``vectors``."""
+        if len(shape) != 4 or self.sharing in ("none", "auto"):
+            return vectors.reshape(shape)
+        batch, *sides = shape
+        height, width, channels = sides if self.channels_last else (*sides[1:], sides[0])
+        rows, columns = self._cells(height), self._cells(width)
+        maps = vectors.reshape(batch, height // rows, width // columns, channels, rows, columns)
+        maps = maps.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels, height, width)
+        return maps.movedim(1, -1) if self.channels_last else maps
+
+    def _cells(self, side: int) -> int:
+        if self.sharing == "position":
+            return 1
+        return next(cells for cells in range(min(self.cells, side), 0, -1) if side % cells == 0)
+
+
+AUTO = Layout()
+
+
+def align_positions(e: Tensor, positions: int) -> Tensor:
+    """Sum ``e``, ``(batch, S, n)``, over positions unless it has as many as asked for: one error per sample then."""
+    return e if e.shape[1] == positions else e.sum(1, keepdim=True)

@@ -1,0 +1,99 @@
+"""Run a sample through a model once, to see what cannot be known from its modules: shapes, and how blocks are chained.
+
+Direct feedback needs blocks that run once each, in order, each on the output of the one before. A model that does
+otherwise is refused here, before anything is trained.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grape_hf.boundaries import Boundaries
+from grape_hf.isolation import isolated
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was seen at the boundaries.
+
+    Attributes:
+        h: a vector of each h_l, ``(1, 1, n_l)``.
+        n_y: how long a vector of y is.
+    """
+
+    h: list[Tensor]
+    n_y: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """Count the numbers in each B_l."""
+        return [h.shape[-1] * self.n_y for h in self.h]
+
+
+def probe(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object]) -> Probe:
+    """Run ``forward`` on the side, look at its shapes, and note in ``boundaries.copied`` what is changed in place.
+
+    Args:
+        model: the model.
+        boundaries: not attached to it at present.
+        forward: runs the model on a sample or more.
+
+    Raises:
+        RuntimeError: if the blocks do not run once each, in order, each on the output of the one before, up to y.
+    """
+    order: list[int] = []
+    vectors: list[Tensor] = []
+    passed_on: list[
+        tuple[Tensor, Tensor]
+    ] = []  # of each boundary: a leaf that marks it in the graph, what block l+1 got
+
+    def look(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        if len(order) == index and passed_on and h.requires_grad:
+            _check_chain(boundaries, index, h, [leaf for leaf, _ in passed_on])
+        order.append(index)
+        vectors.append(boundaries.layout.vectors(h.detach())[:1, :1])
+        leaf = h.detach().requires_grad_()
+        passed_on.append((leaf, leaf.clone()))  # a leaf may not be changed in place, and says nothing of it
+        return passed_on[-1][1]
+
+    with isolated(model), torch.enable_grad(), boundaries.attached(), boundaries.perturb(look) as seen:
+        model.eval()  # a batch norm has no batch statistics of one sample
+        forward()
+    if order != list(range(len(boundaries))):
+        raise RuntimeError(
+            f"expected blocks 1 to {len(boundaries)} to run once each and in order, saw them run in the order "
+            f"{[index + 1 for index in order]}. Direct feedback needs a chain of blocks: name others with the option "
+            '`blocks`. With several forwards for one head use feedback_space="hidden".'
+        )
+    boundaries.copied = {index for index, (_, given) in enumerate(passed_on) if given._version > 0}
+    assert seen.y is not None
+    return Probe(vectors, boundaries.layout.vectors(seen.y).shape[-1])
+
+
+def _check_chain(boundaries: Boundaries, index: int, h: Tensor, leaves: list[Tensor]) -> None:
+    used = [i for i, leaf in enumerate(leaves) if _reaches(h, leaf)]
+    if used != [index - 1]:
+        names = ", ".join(f"h_{i + 1}" for i in used) or "none of them"
+        raise RuntimeError(
+            f"block {index + 1} ({type(boundaries.blocks[index]).__name__}) was expected to work on h_{index}, the "
+            f"output of block {index}, and on no other block's; it works on {names}. Direct feedback needs a chain of "
+            "blocks: name others with the option `blocks`, a whole group of blocks that share their inputs as one."
+        )
+
+
+def _reaches(h: Tensor, leaf: Tensor) -> bool:
+    """Whether ``leaf`` is in the graph of ``h``."""
+    nodes: list[Any] = [h.grad_fn]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if getattr(node, "variable", None) is leaf:
+            return True
+        seen.add(node)
+        nodes.extend(parent for parent, _ in node.next_functions)
+    return False
