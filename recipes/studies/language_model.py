@@ -289,7 +289,7 @@ def plot(best: dict[str, list[dict[str, Any]]], context: int, path: Path) -> Non
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     plt.rcParams["axes.prop_cycle"] = plt.cycler(color=plt.colormaps["tab10"].colors)
     for (method, cells), style in zip(best.items(), ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))), strict=False):
         curves = [
@@ -305,7 +305,7 @@ def plot(best: dict[str, list[dict[str, Any]]], context: int, path: Path) -> Non
     axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
     axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)  # within the axes it would hide a curve
     figure.savefig(path, dpi=150)
 
 
