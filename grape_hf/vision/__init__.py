@@ -1,0 +1,1 @@
+"""Images: data, and what a saved image classifier needs to open again."""
