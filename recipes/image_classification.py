@@ -15,8 +15,8 @@ reach, from the digits, and the metrics and the model card say so. Choices are m
 training images; the test split is read with ``--evaluate_test`` only.
 
 Expected: accuracy and cost stand at the head of each YAML. The output folder ends up with the model and its image
-processor, which ``pipeline("image-classification")`` opens (after ``import grape_hf.vision`` for this package's own
-networks and for grey images), ``all_results.json``, ``alignment.json``, ``alignment.png``, ``curves.png`` and the model
+processor, which ``pipeline("image-classification")`` opens (this package's own networks after
+``import grape_hf.vision``), ``all_results.json``, ``alignment.json``, ``alignment.png``, ``curves.png`` and the model
 card.
 """
 
@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import yaml
 from accelerate.utils import gather_object
@@ -38,17 +37,16 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    BaseImageProcessor,
     PreTrainedModel,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
     set_seed,
 )
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
 from grape_hf.metrics import accuracy_of_classes, predicted_class
 from grape_hf.parsing import parse_recipe
+from grape_hf.vision import image_classifier, loading_note, networks
 from grape_hf.vision.data import EpochDraws, Images, mean_and_std
-from grape_hf.vision.processing import image_processor
 from grape_hf.vision.sources import ImageData, Split, load_images
 
 logger = logging.getLogger("image_classification")
@@ -158,9 +156,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with training_args.main_process_first(desc="loading and decoding images"):
         data = load_data(data_args, model_args)
     same_on_every_process(data.name)
-    height, width = data.train.pixels.shape[2:]
-    model = load_model(model_args, data)
-    mean, std = pretrained_statistics(model_args) or mean_and_std(data.train.pixels)
+    processor = load_processor(model_args)
+    mean, std = statistics(processor) or mean_and_std(data.train.pixels)
+    model = load_model(model_args, data, mean, std)
     if model_args.channels_last:
         model = model.to(memory_format=torch.channels_last)
 
@@ -175,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         train_dataset=train_images,
         eval_dataset=images(data.validation),
         data_collator=Images.collate,
-        processing_class=image_processor(height, width, mean, std),
+        processing_class=processor,  # timm models from scratch carry theirs in their configuration
         preprocess_logits_for_metrics=predicted_class,
         compute_metrics=accuracy_of_classes,
         callbacks=[EpochDraws(train_images)],
@@ -201,14 +199,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         trainer.save_model()
         trainer.create_model_card(dataset=data.name, dataset_tags=data.hub_id, tasks="image-classification")
         if trainer.is_world_process_zero():
+            add_to_card(Path(training_args.output_dir), loading_note(model_args.architecture))
             write_history(Path(training_args.output_dir), trainer.state.log_history, training_args.method)
     return results
 
 
 def load_data(data_args: DataArguments, model_args: ModelArguments) -> ImageData:
     """Load the images that the options name, in the size and colours that a pretrained model wants."""
-    size, channels = data_args.image_size, None
-    if model_args.model_name_or_path:
+    size, channels = data_args.image_size, parse_overrides(model_args.model_args).get("in_chans")
+    if not model_args.model_name_or_path and channels is None and model_args.architecture not in networks.default_cfgs:
+        channels = 3  # the image processor of a timm model makes every image RGB; our networks turn it back
+    elif model_args.model_name_or_path:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
         size = size or getattr(config, "image_size", None)
         channels = getattr(config, "num_channels", None) or (getattr(config, "model_args", None) or {}).get("in_chans")
@@ -234,29 +235,39 @@ def same_on_every_process(name: str) -> None:
         raise RuntimeError(f"The processes loaded different images: {', '.join(sorted(names))}. Set --dataset_name.")
 
 
-def load_model(args: ModelArguments, data: ImageData) -> PreTrainedModel:
+def load_processor(args: ModelArguments) -> BaseImageProcessor | None:
+    """Load a pretrained model's image processor; None for a network from scratch, or a folder without one."""
+    if not args.model_name_or_path:
+        return None
+    return AutoImageProcessor.from_pretrained(args.model_name_or_path)
+
+
+def statistics(processor: BaseImageProcessor | None) -> tuple[list[float], list[float]] | None:
+    """Return the mean and std that a processor normalises with, None where there is none or it does not normalise."""
+    settings = getattr(processor, "data_config", None) or vars(processor or object)  # timm's keeps them in data_config
+    mean, std = (settings.get(f"image_{name}", settings.get(name)) for name in ("mean", "std"))
+    return (list(mean), list(std)) if mean and std else None
+
+
+def load_model(args: ModelArguments, data: ImageData, mean: list[float], std: list[float]) -> PreTrainedModel:
     """Load the pretrained model that was named, or make the timm architecture asked for, in float32.
 
     Raises:
-        ValueError: an architecture that timm does not know.
+        ValueError: an architecture that timm does not know, or options that it does not take.
     """
-    labels = {"id2label": dict(enumerate(data.label_names)), "label2id": {n: i for i, n in enumerate(data.label_names)}}
     if args.model_name_or_path:
+        names = dict(enumerate(data.label_names))
         return AutoModelForImageClassification.from_pretrained(
-            args.model_name_or_path, **labels, ignore_mismatched_sizes=True, dtype=torch.float32
+            args.model_name_or_path,
+            id2label=names,
+            label2id={name: i for i, name in names.items()},
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
         )
-    if not timm.is_model(args.architecture):
-        near = timm.list_models(f"*{args.architecture.split('_')[0]}*")[:10]
-        raise ValueError(
-            f"architecture={args.architecture!r}: expected the name of a timm model"
-            + (f", such as {', '.join(near)}." if near else "; timm.list_models() lists them.")
-        )
-    model_args = {"in_chans": data.train.pixels.shape[1]} | parse_overrides(args.model_args)
-    config = TimmWrapperConfig(architecture=args.architecture, model_args=model_args, **labels)
-    model = TimmWrapperForImageClassification(config)
-    # transformers 5.23 has drawn every convolution anew from N(0, 0.02^2); timm's own start is what the networks need.
-    model.timm_model = timm.create_model(args.architecture, num_classes=len(data.label_names), **model_args)
-    return model
+    shape = list(data.train.pixels.shape[1:])
+    reading = {"input_size": shape, "mean": mean, "std": std, "crop_pct": 1.0, "interpolation": "bilinear"}
+    model_args = {"in_chans": shape[0], "pretrained_cfg_overlay": reading} | parse_overrides(args.model_args)
+    return image_classifier(args.architecture, data.label_names, **model_args)
 
 
 def parse_overrides(overrides: str | dict[str, Any] | None) -> dict[str, Any]:
@@ -269,19 +280,6 @@ def parse_overrides(overrides: str | dict[str, Any] | None) -> dict[str, Any]:
     return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
 
 
-def pretrained_statistics(args: ModelArguments) -> tuple[list[float], list[float]] | None:
-    """Return the mean and std that a pretrained model's images were normalised with, None where it does not say."""
-    if not args.model_name_or_path:
-        return None
-    try:
-        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
-    except (OSError, ValueError):
-        return None
-    config = getattr(processor, "data_config", None) or vars(processor)  # timm's keeps them in its data_config
-    mean, std = (config.get(f"image_{name}", config.get(name)) for name in ("mean", "std"))
-    return (list(mean), list(std)) if mean and std else None
-
-
 def loading_share(images: Images, metrics: dict[str, float], history: list[dict[str, Any]]) -> float:
     """Return the share of the training time, evaluations not counted, that went into making batches."""
     evaluations = sum(entry.get("eval_runtime", 0.0) for entry in history)
@@ -292,6 +290,13 @@ def save_metrics(trainer: GrapeTrainer, split: str, metrics: dict[str, Any]) -> 
     """Print metrics, and save them as ``<split>_results.json`` and in ``all_results.json``."""
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
+
+
+def add_to_card(output: Path, note: str | None) -> None:
+    """Add what must be known to open the model, if anything, to its card."""
+    if note:
+        with (output / "README.md").open("a", encoding="utf-8") as card:
+            card.write(f"\n### How to open it\n\n{note}\n")
 
 
 def write_history(output: Path, history: list[dict[str, Any]], method: str) -> None:
