@@ -274,7 +274,7 @@ def parse_overrides(overrides: str | dict[str, Any] | None) -> dict[str, Any]:
     """Read ``name=value,name=value``, values as in YAML; a mapping from a YAML file is taken as it is."""
     if not isinstance(overrides, str):
         return dict(overrides or {})
-    pairs = [pair.partition("=") for pair in overrides.split(",")]
+    pairs = [pair.partition("=") for pair in overrides.split(",") if pair.strip()]
     if not all(equals for _, equals, _ in pairs):
         raise ValueError(f"model_args={overrides!r}: expected name=value,name=value.")
     return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
