@@ -118,8 +118,8 @@ class Images(Dataset):
 class EpochDraws(TrainerCallback):
     """Tells the training images which epoch begins.
 
-    The loader does so too, but not where several processes share the batches (accelerate 1.15: an ``elif`` after the
-    samplers in ``DataLoaderShard.set_epoch``).
+    The loader does so too, but not where several processes share the batches, nor in an epoch that is resumed midway
+    (accelerate 1.15: an ``elif`` after the samplers in ``DataLoaderShard.set_epoch``).
 
     Args:
         images: the training set.
