@@ -24,8 +24,9 @@ Kind = Literal["estimate", "exact"]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
 _STYLES = ("-", "--", "-.", ":")
 _LABELS = {
-    "loss": "training loss (nats per token)",
-    "eval_loss": "validation loss (nats per token)",
+    "loss": "training loss (nats)",
+    "eval_loss": "validation loss (nats)",
+    "eval_accuracy": "validation accuracy",
     "eval_perplexity": "validation perplexity per token",
     "eval_word_perplexity": "validation perplexity per word",
     "estimate": "cos(B, estimated Jacobian)",

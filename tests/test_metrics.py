@@ -1,4 +1,5 @@
-"""Perplexity against a plain sum over tokens, and inside the Trainer against what it must not depend on."""
+"""Perplexity against a plain sum over tokens, and inside the Trainer against what it must not depend on; accuracy
+against scikit-learn's."""
 
 import math
 
@@ -6,11 +7,26 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import accuracy_score
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    EvalPrediction,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from grape_hf import metrics
-from grape_hf.metrics import Perplexity, perplexity_from_logits, token_nll
+from grape_hf.metrics import (
+    Accuracy,
+    Perplexity,
+    accuracy_of_classes,
+    perplexity_from_logits,
+    predicted_class,
+    token_nll,
+)
 
 CONTEXT = 8
 
@@ -102,3 +118,25 @@ def test_evaluation_with_the_trainer(smoothing: float, tmp_path):
     )
     assert result["eval_loss"] == pytest.approx(reference.item(), rel=1e-5)
     assert (result["eval_loss"] == pytest.approx(nll / count)) == (smoothing == 0)
+
+
+class TestAccuracy:
+    def test_it_is_scikit_learns(self):
+        predictions, references = np.random.default_rng(0).integers(4, size=(2, 101))
+        result = Accuracy().compute(predictions=predictions, references=references)
+        assert result == {"accuracy": pytest.approx(accuracy_score(references, predictions), abs=1e-12)}
+
+    def test_from_logits(self):
+        logits, labels = torch.randn(50, 7), torch.randint(7, (50,))
+        for output in (logits, (logits, None)):
+            predictions = predicted_class(output, labels).numpy()
+            result = accuracy_of_classes(EvalPrediction(predictions, labels.numpy()))
+            assert result["accuracy"] == accuracy_score(labels, [int(row.argmax()) for row in logits])
+
+    def test_no_samples(self):
+        with pytest.raises(ValueError, match="at least one sample"):
+            Accuracy()._compute([], [])
+
+    def test_it_loads_by_its_path(self):
+        inputs = {"predictions": [1, 2], "references": [1, 1]}
+        assert evaluate.load(metrics.accuracy.__file__).compute(**inputs) == Accuracy().compute(**inputs)

@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from grape_hf import hub
 from grape_hf.text import (
     EMBEDDED,
     count_text,
@@ -20,7 +21,6 @@ from grape_hf.text import (
     iterate_texts,
     load_text,
     pack,
-    sources,
     tokenize,
     train_tokenizer,
 )
@@ -125,7 +125,7 @@ class TestHubOutOfReach:
 
     @pytest.fixture(autouse=True)
     def online(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(sources, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
     @pytest.fixture
@@ -151,8 +151,8 @@ class TestHubOutOfReach:
             thread.join()
 
     def use_endpoint(self, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-        api = sources.HfApi
-        monkeypatch.setattr(sources, "HfApi", lambda: api(endpoint=url))
+        api = hub.HfApi
+        monkeypatch.setattr(hub, "HfApi", lambda: api(endpoint=url))
 
     def test_refused(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
         self.use_endpoint(monkeypatch, "http://127.0.0.1:9")
@@ -323,7 +323,7 @@ def test_iterate_texts_stops_at_the_limit():
 
 
 def test_the_warning_is_a_warning(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     load_text()
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "HF_HUB_OFFLINE" in caplog.text

@@ -6,15 +6,13 @@ embedded sample takes its place if the Hub is out of reach; the name that travel
 
 import logging
 import platform
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 from datasets import Dataset, IterableDataset, load_dataset
-from huggingface_hub import HfApi
-from huggingface_hub.constants import HF_HUB_OFFLINE
 
+from grape_hf import hub
 from grape_hf.text.sample import embedded_sample
 
 logger = logging.getLogger(__name__)
@@ -103,25 +101,9 @@ def load_text(
 
 def _hub_in_reach(timeout: float) -> bool:
     """Ask the Hub for WikiText-103, and say loudly what follows if it does not answer in time."""
-    if HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set"
-    else:
-        problems: list[str] = [f"no answer within {timeout:g} s"]
-
-        def ask() -> None:
-            try:
-                HfApi().dataset_info(WIKITEXT[0], timeout=timeout)
-                problems.clear()
-            except Exception as error:  # refused, no such host, a proxy's own answer: all of them mean out of reach
-                problems[:] = [f"{type(error).__name__}: {error}".splitlines()[0]]
-
-        # A thread, since the look-up of a host name knows no timeout; a daemon, so that it cannot hold up the exit.
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(timeout)
-        if not problems:
-            return True
-        reason = problems[0]
+    reason = hub.why_out_of_reach(WIKITEXT[0], timeout)
+    if reason is None:
+        return True
     logger.warning(
         "\n%s\nThis is NOT WikiText-103. The Hub is not in reach (%s), and no data was named, so the embedded sample\n"
         "is used: about 50,000 words of Python's own documentation. Its perplexities cannot be compared with any\n"

@@ -1,0 +1,34 @@
+"""Whether the Hugging Face Hub is in reach, asked once and with an end to the waiting."""
+
+import threading
+
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_OFFLINE
+
+
+def why_out_of_reach(dataset: str, timeout: float) -> str | None:
+    """Ask the Hub for a data set.
+
+    Args:
+        dataset: its name there.
+        timeout: seconds to wait, in all.
+
+    Returns:
+        None if it answered in time, else the reason in one line.
+    """
+    if HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    problems: list[str] = [f"no answer within {timeout:g} s"]
+
+    def ask() -> None:
+        try:
+            HfApi().dataset_info(dataset, timeout=timeout)
+            problems.clear()
+        except Exception as error:  # refused, no such host, a proxy's own answer: all of them mean out of reach
+            problems[:] = [f"{type(error).__name__}: {error}".splitlines()[0]]
+
+    # A thread, since the look-up of a host name knows no timeout; a daemon, so that it cannot hold up the exit.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(timeout)
+    return problems[0] if problems else None
