@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from grape_hf.boundaries import Boundaries
 from grape_hf.layout import Layout, align_positions
@@ -35,6 +35,7 @@ Space = Literal["activation", "weight"]
 # Step of a finite difference, in units of rms(h_l). In float32, 1e-4 agrees with dual numbers to a cosine of 0.98 or
 # better on seven timm models, 1e-3 does not (DESIGN.md); float64 affords a smaller truncation error.
 _STEP = {torch.float32: 1e-4, torch.float64: 1e-6}
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class ForwardModeError(RuntimeError):
@@ -242,8 +243,12 @@ def _weight_tangent(
             w.numel() for w in weights.values()
         )
         eps = _STEP[h.dtype] * size.sqrt()
-        weights = {name: w + eps * p[name] for name, w in weights.items()}
-        u = (_hidden(functional_call(block, weights, args, kwargs)) - h) / eps
+        perturbed = {name: w + eps * p[name] for name, w in weights.items()}
+        half = [t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dtype in _HALF]
+        if half:  # block 1 ran under autocast, before the hook at its output left it
+            args, kwargs = tree_map(lambda t: _float(t, h.dtype), (args, kwargs))
+            h = _hidden(functional_call(block, weights, args, kwargs))
+        u = (_hidden(functional_call(block, perturbed, args, kwargs)) - h) / eps
     u = layout.vectors(u)
     c = _rms(layout.vectors(h), dim=(1, 2)) / _rms(u, dim=(1, 2)).clamp(min=torch.finfo(u.dtype).tiny)
     return c * u, torch.where(c > 0, u / c, 0.0)
@@ -256,6 +261,10 @@ def _rms(h: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 def _primal(value: Any) -> Any:
     return forward_ad.unpack_dual(value).primal if isinstance(value, Tensor) else value
+
+
+def _float(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.dtype in _HALF else value
 
 
 def _hidden(output: Any) -> Tensor:
