@@ -79,8 +79,9 @@ class Pepita:
         states: list[dict[torch.device, Tensor]] = []
 
         def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            calls.append((args, kwargs))
-            states.append(self._random_states())
+            if torch.is_grad_enabled():
+                calls.append((args, kwargs))
+                states.append(self._random_states())
 
         handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
         try:

@@ -75,4 +75,17 @@ def deep_net() -> ConvNet:
     return ConvNet(blocks, nn.Linear(32, 10))
 
 
+def shallow_net() -> ConvNet:
+    """For methods that get worse with depth."""
+    conv = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
+    return ConvNet([conv, nn.Sequential(nn.Flatten(), nn.Linear(72, 32), nn.ReLU())], nn.Linear(32, 10))
+
+
+def tiny_net() -> ConvNet:
+    """For a method that gets worse with the number of weights."""
+    return ConvNet([nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 8), nn.Tanh())], nn.Linear(8, 10))
+
+
 DIGITS = Problem("digits", deep_net, digit)
+SHALLOW = Problem("digits-shallow", shallow_net, digit)
+TINY = Problem("digits-tiny", tiny_net, digit)
