@@ -15,7 +15,9 @@ sample, which has far less noise as it has fewer numbers:
 
 for sample i, with all h_l perturbed at once; weights get :math:`(dh_l/dW)^\top \delta_l`. The loss of sample i depends
 on the u's through y alone, so its directional derivative is :math:`e_i \cdot q_i`, with q the tangent that arrives at y
-and e = dLoss/dy: the star of GrAPE (``boundaries.py``), with :math:`(e_i \cdot q_i)\, u_{l,i}` in place of B_l e.
+and e = dLoss/dy: the star of GrAPE (``boundaries.py``), with :math:`(e_i \cdot q_i)\, u_{l,i}` in place of B_l e. q
+comes from a dual pass of its own, right before the forward, with the same dropout masks and batch statistics: in one
+pass with a graph, torch's forward mode fails in attention and under autocast.
 
 Departures: the paper perturbs the output of every layer; here, as for the other methods, the blocks' outputs h_1 ..
 h_{L-1} are, a block backpropagates within itself, and the last block and head have their exact gradient. The paper's
@@ -24,7 +26,7 @@ samples' losses through the batch statistics are left out then, while in weight 
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,7 +39,8 @@ from torch.overrides import TorchFunctionMode
 from grape_hf.baselines.base import MicroBatch, seeded
 from grape_hf.blocks import find_blocks
 from grape_hf.boundaries import Boundaries, _Mode, as_vectors
-from grape_hf.jacobian import ForwardModeError, Noise
+from grape_hf.isolation import isolated
+from grape_hf.jacobian import ForwardModeError, Noise, _dual_runner
 from grape_hf.run import feedback_blocks
 from grape_hf.training_args import GrapeArgumentsMixin
 
@@ -88,12 +91,25 @@ class ForwardGradient:
     @contextmanager
     def _in_activations(self, batch: MicroBatch) -> Iterator[None]:
         assert self.boundaries is not None
-        noise = Noise(self.seed, batch.step, batch.places)
-        with ExitStack() as stack:
-            stack.enter_context(self.boundaries.attached())
-            mode = stack.enter_context(_DualStar(noise))
-            stack.enter_context(self.boundaries._in_mode(mode))
-            yield
+        boundaries, noise = self.boundaries, Noise(self.seed, batch.step, batch.places)
+        star = _SlopeStar()
+
+        def look_ahead(model: nn.Module, args: tuple, kwargs: dict) -> None:
+            if torch.is_grad_enabled() and boundaries._mode is star:  # else generation, or this very pass
+                star.u.clear()
+                with isolated(model, deterministic=False), torch.no_grad():
+                    star.q = _dual_runner(boundaries, lambda: model(*args, **kwargs))(perturb)
+
+        def perturb(index: int, h: Tensor, *_: Any) -> Tensor:
+            star.u[index] = noise.vectors(index, as_vectors(h)).reshape(h.shape)
+            return star.u[index]
+
+        handle = self.model.register_forward_pre_hook(look_ahead, with_kwargs=True)
+        try:
+            with boundaries.attached(), boundaries._in_mode(star):
+                yield
+        finally:
+            handle.remove()
 
 
 @contextmanager
@@ -136,53 +152,41 @@ class _TangentBackward(TorchFunctionMode):
         return None
 
 
-class _DualStar(_Mode):
-    """Perturb each h_l in the training forward, read the tangent at y, and give blocks their delta in the backward.
+class _SlopeStar(_Mode):
+    """Cut the graph at each h_l, and give each block its delta in the backward.
 
-    The dual level lasts from h_1 to y, so that loss and backward are ordinary. A forward without gradients is left
-    alone; several forwards for one loss are a star each.
+    Attributes:
+        u: what was injected at each boundary in the dual pass before the forward under way.
+        q: the tangent that it caused at y.
+        h: the boundary activations of the forward under way.
     """
 
-    def __init__(self, noise: Noise) -> None:
-        self.noise = noise
-        self.level = ExitStack()
-        self.h: list[Tensor] = []
-        self.u: list[Tensor] = []
-
-    def __enter__(self) -> "_DualStar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.level.close()
+    def __init__(self) -> None:
+        self.u: dict[int, Tensor] = {}
+        self.q: Tensor | None = None
+        self.h: dict[int, Tensor] = {}
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         if not torch.is_grad_enabled():
             return h
-        if index != len(self.h):
+        if index != len(self.h) or index not in self.u:
             raise RuntimeError(
                 f"block {index + 1} ({type(block).__name__}) ran when block {len(self.h) + 1} was expected: forward "
-                "gradients in activation space need blocks that run once each, in order. Name others with the option "
-                '`blocks`, or use perturbation_space="weight".'
+                "gradients in activation space need blocks that run once each, in order, in each call of the model. "
+                'Name others with the option `blocks`, or use perturbation_space="weight".'
             )
-        if index == 0:
-            self.level.enter_context(forward_ad.dual_level())
-        h, tangent = forward_ad.unpack_dual(h)
-        u = self.noise.vectors(index, as_vectors(h)).reshape(h.shape)
-        self.h.append(h)
-        self.u.append(u)
-        return forward_ad.make_dual(h.detach(), u if tangent is None else tangent + u)
+        self.h[index] = h
+        return h.detach()
 
     def at_output(self, y: Tensor) -> Tensor:
         if not self.h or not torch.is_grad_enabled():
             return y
-        y, q = forward_ad.unpack_dual(y)
-        if q is None:
-            raise ForwardModeError("the tangent got lost between the blocks and the output of the last one.")
-        if any(len(u) != len(q) for u in self.u):
+        assert self.q is not None
+        if any(len(u) != len(y) for u in self.u.values()):
             raise RuntimeError("blocks and output hold different numbers of samples; choose blocks that do not fold.")
-        self.level.close()
-        y = _Slopes.apply(q, self.u, y, *self.h)
-        self.h, self.u = [], []
+        reached = [index for index, h in self.h.items() if h.requires_grad]
+        y = _Slopes.apply(self.q, [self.u[i] for i in reached], y, *(self.h[i] for i in reached))
+        self.h = {}
         return y
 
 
