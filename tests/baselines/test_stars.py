@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from digits import DIGITS, batch, plain_net
-from helpers import make_trainer, train
-from problems import PADDED, VOCABULARY, WIDTH, LayerBlock, Problem
+from helpers import train
+from problems import WIDTH, LayerBlock, Problem
 from torch import Tensor, nn
 
 from grape_hf import GrapeArgumentsMixin, GrapeTrainer
-from grape_hf.boundaries import as_vectors
+from grape_hf.baselines import dkp
+from grape_hf.boundaries import Forward, as_vectors
 from grape_hf.feedback import initial_feedback
 from grape_hf.jacobian import Noise
 from grape_hf.run import GrapeRun
@@ -81,9 +82,14 @@ class Watched(GrapeTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-@pytest.mark.parametrize(
-    "split", [{}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}], ids=["whole", "halves"]
-)
+SPLITS = {
+    "whole": {},
+    "halves": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "at-a-calibration-step": {"calibration_strategy": "steps", "calibration_interval": 1},
+}
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 def test_dkp_is_the_formula(split, tmp_path):
     """B <- B - eta feedback_lr (sum_i h_i e_i^T + lambda B), e of the mean loss, however the batch is split."""
     options = SGD | split | {"method": "dkp", "feedback_lr": 0.5, "weight_decay": 0.01, "max_steps": 1}
@@ -130,18 +136,18 @@ def test_dkp_finds_the_transpose_of_the_read_out(tmp_path):
     assert not torch.equal(W, W0)
 
 
-def test_dkp_at_calibration_steps_and_with_padding(tmp_path):
-    """B_l learns from the exact step as from a star; padded positions have no say."""
-    calibrated = dict(calibration_strategy="steps", calibration_interval=2)
-    trainer = train(DIGITS, tmp_path, method="dkp", max_steps=4, **calibrated)
-    assert trainer.state.log_history[3]["calibration/steps"] == 2
-    options = SGD | {"method": "dkp", "feedback_space": "hidden", "max_steps": 1, "per_device_train_batch_size": 4}
-    trainer = make_trainer(PADDED, tmp_path, dtype=torch.float64, samples=4, **options)
-    trainer.train()
-    cut = make_trainer(PADDED, tmp_path, dtype=torch.float64, samples=4, **options)
-    for sample in cut.train_dataset:  # other tokens where nothing is read
-        noise = torch.randint(1, VOCABULARY, sample["input_ids"].shape)
-        sample["input_ids"] = torch.where(sample["attention_mask"] == 0, noise, sample["input_ids"])
-    cut.train()
-    for a, b in zip(trainer.feedback, cut.feedback, strict=True):
-        torch.testing.assert_close(a, b)
+def test_dkp_with_positions_and_padding():
+    """A sum over positions where y has them too; else a sample's e goes with each position that is not padding."""
+    h, e = torch.randn(2, 3, 4), torch.randn(2, 3, 5)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    forwards = []
+    for shape in ((2, 3, 5), (2, 5)):
+        y = torch.zeros(shape, requires_grad=True)
+        y.grad = e if len(shape) == 3 else e[:, 0]
+        forwards.append(Forward({0: h}, y))
+    places = [(i, s) for i in range(2) for s in range(3) if mask[i, s]]
+    by_position = sum(torch.outer(h[i, s], e[i, s]) for i, s in places)
+    by_sample = sum(torch.outer(h[i, s], e[i, 0]) for i, s in places)
+    for chosen, expected in (([0], by_position), ([1], by_sample), ([0, 1], by_position + by_sample)):
+        (got,) = dkp.products([forwards[k] for k in chosen], [torch.zeros(4, 5)], mask)
+        torch.testing.assert_close(got, expected)
