@@ -1,7 +1,8 @@
 """Every option of GrAPE, with its help text: the manual page.
 
-An option left at None takes the value that ``grape_preset`` names; a value given wins over the preset. What two options
-say against each other, and a value that is not one of those listed, is refused here, when the arguments are made.
+An option left at None takes the value that the method implies (``METHOD_OPTIONS``), else the one that ``grape_preset``
+names; a value given wins over both. What two options say against each other, and a value that is not one of those
+listed, is refused here, when the arguments are made.
 """
 
 import dataclasses

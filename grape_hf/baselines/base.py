@@ -24,8 +24,8 @@ class MicroBatch:
     Args:
         step: the optimiser step.
         places: the samples' places in the global batch.
-        parts: number of micro-batches in the optimiser step; the loss that is backpropagated is the mean over samples,
-            divided by it.
+        parts: number of micro-batches in the optimiser step, which are taken to be of one size; the loss that is
+            backpropagated is the mean over samples, divided by it.
     """
 
     step: int

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from digits import ConvNet, batch, odd_net, plain_net
@@ -43,6 +44,33 @@ def test_with_the_weights_themselves_it_is_backpropagation(build):
     exact = {name for name in expected if torch.allclose(random[name], expected[name])} - {"loss"}
     head = {"plain_net": {"fc.weight", "fc.bias"}, "odd_net": {"fc.weight", "fc.bias"}, "gpt2": set()}
     assert exact == head[build.__name__]
+
+
+class Classifier(nn.Module):
+    def __init__(self, architecture: str) -> None:
+        super().__init__()
+        self.net = timm.create_model(architecture, num_classes=10)
+        for module in self.net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)  # timm starts residual branches at zero: nothing would flow through them
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(self.net(x), labels)}
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit"])
+def test_real_models(architecture):
+    """Residual blocks, grouped layers, attention: again backpropagation if B_l is W_l, and else not."""
+    model = Classifier(architecture).double()
+    inputs = {"x": torch.randn(2, 3, 160, 160).double(), "labels": torch.tensor([1, 2])}
+    expected = gradients(model, inputs)
+    fa = FeedbackAlignment(model, OPTIONS)
+    random = gradients(model, inputs, fa)
+    weights = [name for name, p in model.named_parameters() if p.ndim > 1 and "head" not in name and "fc" not in name]
+    assert not [name for name in weights if torch.allclose(random[name], expected[name])]
+    fa._B = {name: p.detach() for name, p in model.named_parameters()}
+    for name, value in gradients(model, inputs, fa).items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_the_formula_layer_by_layer():
