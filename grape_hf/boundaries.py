@@ -160,7 +160,7 @@ class Boundaries:
                 handle.remove()
 
     @contextmanager
-    def broadcast(self, B: Sequence[Tensor], mask: Tensor | None = None) -> Iterator[None]:
+    def broadcast(self, B: Sequence[Tensor], mask: Tensor | None = None, keep: bool = False) -> Iterator[list[Forward]]:
         """Send dLoss/dy to every block at once, by the matrices B_1 .. B_{L-1}, each ``(n_l, n_y)``.
 
         Block 1 and whatever feeds it (embeddings, stem) are one unit with local backpropagation; block L and what
@@ -170,14 +170,15 @@ class Boundaries:
         Args:
             B: the feedback matrices.
             mask: ``(batch, positions)``, nonzero where a position is not padding.
+            keep: hand out h_l and y of each forward, where a backward leaves e in ``y.grad``; else the list is empty.
 
         Raises:
             RuntimeError: if the blocks do not run once each, in order, up to y, or if a block's output carries no
                 gradient although it has weights to train: the gradients would be silently wrong.
         """
-        mode = _BroadcastMode(self, list(B), mask)
+        mode = _BroadcastMode(self, list(B), mask, keep)
         with self._in_mode(mode):
-            yield
+            yield mode.forwards
             mode.close()
 
     @contextmanager
@@ -260,9 +261,10 @@ class _Mode:
 
 
 class _BroadcastMode(_Mode):
-    def __init__(self, boundaries: Boundaries, B: list[Tensor], mask: Tensor | None) -> None:
+    def __init__(self, boundaries: Boundaries, B: list[Tensor], mask: Tensor | None, keep: bool) -> None:
         self.layout, self.copied, self.B, self.mask = boundaries.layout, boundaries.copied, B, mask
         self.star = _Star(self.layout)  # of the forward under way
+        self.keep, self.forwards = keep, list[Forward]()
         self.waiting: dict[int, Tensor | None] = {}  # by boundary; None where nothing before it is trained
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
@@ -274,6 +276,10 @@ class _BroadcastMode(_Mode):
                 "reached. Direct feedback needs blocks that run once each, in order, in every forward that leads to y. "
                 'With several forwards for one head use feedback_space="hidden"; else name other blocks.'
             )
+        if self.keep:
+            if not self.waiting:
+                self.forwards.append(Forward(self.layout))
+            self.forwards[-1].h[index] = h.detach()
         self.waiting[index] = None
         if h.requires_grad:
             self.waiting[index] = _Receive.apply(h, self.B[index], self.star, self.mask)
@@ -291,6 +297,8 @@ class _BroadcastMode(_Mode):
         receivers = [r for r in self.waiting.values() if r is not None]
         if receivers:
             y = _Broadcast.apply(self.star, y, *receivers)
+        if self.keep and self.waiting:
+            self.forwards[-1].y = _keep_grad(y)
         self.waiting, self.star = {}, _Star(self.layout)  # a further forward for the same loss is a star of its own
         return y
 

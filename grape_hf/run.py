@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from grape_hf.alignment import delta_alignment, delta_products, exact_alignment, feedback_alignment
+from grape_hf.baselines import dkp
 from grape_hf.blocks import find_blocks, find_head
 from grape_hf.boundaries import Boundaries
 from grape_hf.calibration import CalibrationSchedule
@@ -28,7 +29,7 @@ from grape_hf.jacobian import ForwardModeError, JacobianSum, JvpMode, Noise, jac
 from grape_hf.layout import Layout
 from grape_hf.probe import Probe, probe
 from grape_hf.shortcut import shortcut_feedback
-from grape_hf.training_args import GrapeArgumentsMixin
+from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class GrapeRun:
         self._estimate = JacobianSum()
         self._products: Tensor | None = None
         self._moments: list[tuple[Tensor, Tensor]] = []
+        self._weight_gradients: list[Tensor] = []  # of B_l as a weight: dkp
 
     @property
     def single_block(self) -> bool:
@@ -111,7 +113,7 @@ class GrapeRun:
     def estimating(self) -> bool:
         """Whether an estimate is to be made in this step."""
         assert self.current_step is not None
-        learned = self.options.method == "grape"
+        learned = self.options.method in ESTIMATING
         return learned and not self.calibrating and self.current_step % (self.options.jvp_every or 1) == 0
 
     @property
@@ -172,12 +174,20 @@ class GrapeRun:
         Args:
             mask: ``(batch, positions)``, nonzero where a position is not padding.
         """
-        if not self.calibrating:
+        learns_in_place = self.options.method == "dkp"
+        if not self.calibrating and not learns_in_place:
             with self.boundaries.broadcast(self.feedback.B, mask):
                 yield
             return
-        with self.boundaries.record() as forwards:
+        star = self.boundaries.broadcast(self.feedback.B, mask, keep=True)
+        with self.boundaries.record() if self.calibrating else star as forwards:
             yield
+        if learns_in_place:
+            gradients = dkp.products(forwards, self.feedback.B, mask)
+            earlier = self._weight_gradients or [torch.zeros_like(g) for g in gradients]
+            self._weight_gradients = [a + b for a, b in zip(earlier, gradients, strict=True)]
+        if not self.calibrating:
+            return
         with torch.no_grad():
             self._add_products(delta_products(forwards, self.feedback.B, mask))
             if self.options.calibration_refit and forwards:
@@ -193,11 +203,15 @@ class GrapeRun:
         with isolated(self.model, deterministic=False):
             self._add_products(exact_alignment(self.boundaries, loss, self.feedback.B, mask))
 
-    def finish_step(self, total: Callable[[Tensor], Tensor] = lambda t: t) -> None:
+    def finish_step(
+        self, total: Callable[[Tensor], Tensor] = lambda t: t, rate: float = 0.0, decay: float = 0.0
+    ) -> None:
         """Refine the feedback by what this optimiser step gathered.
 
         Args:
             total: sums a tensor over ranks.
+            rate: learning rate of the weights in this step; only ``dkp`` asks for it and the next.
+            decay: weight decay of the weights.
         """
         assert self.current_step is not None
         if self.estimating:
@@ -208,6 +222,11 @@ class GrapeRun:
             estimate = self._estimate.total(total)
             self._log_alignment("estimate", feedback_alignment(self.feedback.B, self.feedback.jacobians(estimate)))
             self.feedback.refine(estimate)
+        if self._weight_gradients:
+            ranks = total(torch.ones((), device=self._weight_gradients[0].device))  # as DDP averages gradients
+            means = [total(g) / ranks for g in self._weight_gradients]
+            eta = rate * (self.options.feedback_lr or 0.0)
+            self.feedback.B = [dkp.refine(b, g, eta, decay) for b, g in zip(self.feedback.B, means, strict=True)]
         if self._products is not None:
             self._log_alignment("exact", delta_alignment(total(self._products)))
         if self._moments:
@@ -314,7 +333,7 @@ class GrapeRun:
         )
 
     def _normalize(self) -> bool:
-        return bool(self.options.feedback_normalize) and self.options.method == "grape"
+        return bool(self.options.feedback_normalize) and self.options.method in ESTIMATING
 
     def _jvp_mode(self) -> JvpMode:
         if self.options.jvp_mode in ("dual", "finite_difference"):

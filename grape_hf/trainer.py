@@ -18,6 +18,8 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
+from grape_hf.baselines import BASELINES, make_baseline
+from grape_hf.baselines.base import Baseline, MicroBatch
 from grape_hf.run import GrapeRun, calibration_schedule
 from grape_hf.training_args import GrapeArgumentsMixin
 
@@ -46,12 +48,13 @@ class GrapeMixin(_Base):
         self._run: GrapeRun | None = None
         self._resumed_from: Path | None = None
         self._steps_per_epoch: int | None = None
-        self._micro_batch = 0
+        self._baseline: Baseline | None = None
+        self._micro_batch = (-1, 0)  # optimiser step, number within it
         self.grape_options = options_of(self.args)
         if self.grape_options.method != "bp":
             self._refuse_settings()
-            run = GrapeRun(self.model, self.grape_options, self.args.seed)  # refuses now what it can
-            if run.single_block:
+            run = self._new_run()  # refuses now what it can
+            if run is not None and run.single_block:
                 logger.warning(
                     f"{type(self.model).__name__} has a single block and so no feedback point: "
                     f'method="{self.grape_options.method}" is ordinary backpropagation here.'
@@ -67,12 +70,16 @@ class GrapeMixin(_Base):
     ) -> Tensor:
         """Train on one micro-batch: an estimate where one is due, then the stock step in a star or a chain."""
         run = self._current_run()
+        self._count_micro_batch()
+        if self._baseline is not None:
+            parts = self.current_gradient_accumulation_steps
+            with self._baseline.step(MicroBatch(self.state.global_step, self._places(inputs), parts)):
+                return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
         if run is None:
             return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
         model.train()  # as the stock step does: an evaluation before it must not change the estimate
         if not run.started:
             self._start(run, inputs)
-        self._micro_batch = self._micro_batch + 1 if run.current_step == self.state.global_step else 0
         run.begin_step(self.state.global_step)
         if run.estimating:
             self._estimate(run, inputs)
@@ -82,18 +89,25 @@ class GrapeMixin(_Base):
         with run.step(self._padding_mask(inputs)):
             loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
         if self.accelerator.sync_gradients:
-            run.finish_step(lambda t: self.accelerator.reduce(t, reduction="sum"))
+            rate = self.optimizer.param_groups[0]["lr"]
+            run.finish_step(lambda t: self.accelerator.reduce(t, reduction="sum"), rate, self.args.weight_decay)
         return loss
 
-    def _estimate(self, run: GrapeRun, inputs: dict[str, Any]) -> None:
-        batch = find_batch_size(inputs) or 1
+    def _count_micro_batch(self) -> None:
+        step, number = self._micro_batch
+        self._micro_batch = (self.state.global_step, number + 1 if step == self.state.global_step else 0)
+
+    def _places(self, inputs: dict[str, Any]) -> range:
+        """Where the samples of this micro-batch stand in the global batch, however that is split (METHOD.md)."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        # Where a sample stands in the global batch does not depend on how the batch is split (METHOD.md).
-        first = (self._micro_batch * ranks + rank) * self._train_batch_size
-        places = range(first, first + batch)
+        first = (self._micro_batch[1] * ranks + rank) * self._train_batch_size
+        return range(first, first + (find_batch_size(inputs) or 1))
+
+    def _estimate(self, run: GrapeRun, inputs: dict[str, Any]) -> None:
+        places = self._places(inputs)
         chosen = run.sampled(places)
         if chosen:
-            taken = self._prepare_inputs(take_samples(inputs, chosen, batch))
+            taken = self._prepare_inputs(take_samples(inputs, chosen, len(places)))
             run.estimate(lambda: self._loss(taken), [places[i] for i in chosen], self._padding_mask(taken))
 
     def _loss(self, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -103,9 +117,14 @@ class GrapeMixin(_Base):
 
     def _current_run(self) -> GrapeRun | None:
         """The run under way, begun now if this is the first step; None where every step is ordinary."""
-        if self._run is None and self.grape_options.method != "bp":
-            self._run = GrapeRun(self.model, self.grape_options, self.args.seed)
+        if self._run is None and self._baseline is None and self.grape_options.method != "bp":
+            self._run = self._new_run()
         return None if self._run is None or self._run.single_block else self._run
+
+    def _new_run(self) -> GrapeRun | None:
+        """Make a run of the star; of another method make the baseline, and return None."""
+        self._baseline = make_baseline(self.model, self.grape_options, self.args.seed)
+        return None if self._baseline else GrapeRun(self.model, self.grape_options, self.args.seed)
 
     def _start(self, run: GrapeRun, inputs: dict[str, Any]) -> None:
         sample = self._prepare_inputs(take_samples(inputs, [0], find_batch_size(inputs) or 1))
@@ -121,6 +140,7 @@ class GrapeMixin(_Base):
         # Entered once per train(), and again by auto_find_batch_size: each time a fresh run, with the options that the
         # arguments hold now (a hyperparameter search changes them).
         self._run, self._resumed_from, self.grape_options = None, None, options_of(self.args)
+        self._baseline, self._micro_batch = None, (-1, 0)
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
@@ -151,6 +171,11 @@ class GrapeMixin(_Base):
         self._resumed_from = None if checkpoint is None else Path(checkpoint)
 
     def _refuse_settings(self) -> None:
+        method = self.grape_options.method
+        if method in BASELINES:
+            self._refuse_with_baseline()
+        if self.args.fp16 and method in ("dkp", "pepita"):
+            raise ValueError(f"fp16 scales the loss, and method={method!r} needs the error as it is. Use bf16 or fp32.")
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas the hooks cannot tell "
@@ -165,6 +190,19 @@ class GrapeMixin(_Base):
                 'gradient_checkpointing_kwargs={"use_reentrant": True} cuts the gradients of blocks whose inputs need '
                 'none, as all inputs of blocks do here. Use {"use_reentrant": False}, which is the default.'
             )
+
+    def _refuse_with_baseline(self) -> None:
+        method = self.grape_options.method
+        checkpointing = any(getattr(self.args, f"{kind}_checkpointing", False) for kind in ("gradient", "activation"))
+        refused = {
+            "several processes": self.accelerator.num_processes > 1,
+            "torch_compile": self.args.torch_compile,
+            "activation checkpointing": checkpointing,
+            "bf16, whose resolution the difference of two passes needs": method == "pepita" and self.args.bf16,
+        }
+        if any(refused.values()):
+            found = ", ".join(name for name, is_set in refused.items() if is_set)
+            raise ValueError(f"method={method!r} is a baseline for small studies and does not go with {found}.")
 
 
 class GrapeTrainer(GrapeMixin, Trainer):

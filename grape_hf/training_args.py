@@ -1,7 +1,8 @@
 """Every option of GrAPE, with its help text: the manual page.
 
-An option left at None takes the value that ``grape_preset`` names; a value given wins over the preset. What two options
-say against each other, and a value that is not one of those listed, is refused here, when the arguments are made.
+An option left at None takes the value that the method implies (``METHOD_OPTIONS``), else the one that ``grape_preset``
+names; a value given wins over both. What two options say against each other, and a value that is not one of those
+listed, is refused here, when the arguments are made.
 """
 
 import dataclasses
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from transformers import TrainingArguments
+
+from grape_hf.baselines import BASELINES, dkp, fdfa
 
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
@@ -45,6 +48,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# What a method implies; it wins over the preset, and a value given wins over both.
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "fdfa": fdfa.OPTIONS,
+    "dkp": dkp.OPTIONS,
+    **{method: {"calibration_strategy": "no", "perturbation_space": "activation"} for method in BASELINES},
+}
+# Methods whose B_l learn from estimates of the Jacobians.
+ESTIMATING = ("grape", "fdfa")
+
 
 def _option(name: str, help_text: str) -> Any:
     """Make a field that takes its value from the preset, and whose help says which values those are."""
@@ -60,11 +72,16 @@ class GrapeArgumentsMixin:
     listed, a number out of range, or options that contradict each other.
     """
 
-    method: Literal["grape", "dfa", "bp"] = field(
+    method: Literal["grape", "dfa", "bp", "fdfa", "dkp", "fa", "forward_gradient", "pepita"] = field(
         default="grape",
         metadata={
             "help": "`grape`: direct feedback through learned matrices B_l; `dfa`: the same with B_l frozen at their "
-            "start; `bp`: ordinary backpropagation, the stock Trainer bit for bit."
+            "start; `bp`: ordinary backpropagation, the stock Trainer bit for bit. Baselines (grape_hf/baselines): "
+            "`fdfa` (Bacho & Chu 2022), B_l from zero by a moving average of estimates, and `dkp` (direct "
+            "Kolen-Pollack), B_l learned like a weight from h_l to the logits: both imply options below that are not "
+            "given. `fa`: fixed random matrices in place of W^T, layer by layer; `forward_gradient`: directional "
+            "derivatives times their directions, in perturbation_space; `pepita`: a second forward in place of a "
+            "backward, for plain chains of layers."
         },
     )
     grape_preset: Literal["recommended", "paper"] = field(
@@ -114,7 +131,9 @@ class GrapeArgumentsMixin:
         "`ema`, a moving average; `lms`, a moving average of what B_l did not predict, with far less noise.",
     )
     feedback_lr: float | None = _option(
-        "feedback_lr", "Learning rate eta_B of the feedback rule; for `cosine` it is per column."
+        "feedback_lr",
+        "Learning rate eta_B of the feedback rule; for `cosine` it is per column, for method `dkp` a multiple of the "
+        "weights' own rate (1 there).",
     )
     feedback_normalize: bool | None = _option(
         "feedback_normalize", "Bring the columns of B_l to unit length after each refinement."
@@ -132,7 +151,8 @@ class GrapeArgumentsMixin:
     perturbation_space: Literal["activation", "weight", "auto"] | None = _option(
         "perturbation_space",
         "What is perturbed: the boundary `activation`, or the `weight`s of the block in front of it, for the cosine "
-        "rule only (the estimate is then a direction). `auto`: for each block whichever has fewer numbers.",
+        "rule only (the estimate is then a direction). `auto`: for each block whichever has fewer numbers. Method "
+        "`forward_gradient`: `activation` (Ren et al. 2023) or all `weight`s at once (Baydin et al. 2022).",
     )
     calibration_strategy: Literal["no", "epoch", "steps", "adaptive"] | None = _option(
         "calibration_strategy",
@@ -170,7 +190,7 @@ class GrapeArgumentsMixin:
     def __post_init__(self) -> None:
         """Fill in the preset, refuse what cannot work, and go on with the arguments mixed with."""
         self._check_choices()
-        for name, value in PRESETS[self.grape_preset].items():
+        for name, value in (PRESETS[self.grape_preset] | METHOD_OPTIONS.get(self.method, {})).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self._check_numbers()
@@ -218,7 +238,15 @@ class GrapeArgumentsMixin:
     def _check_combinations(self) -> None:
         if self.method == "bp":
             return
-        if self.method == "grape" and self.perturbation_space != "activation" and self.feedback_rule != "cosine":
+        if self.method in BASELINES:
+            self._check_baseline()
+            return
+        if self.method == "fdfa" and self.feedback_rule != "ema":
+            raise ValueError(
+                f'method="fdfa" learns by feedback_rule="ema", got {self.feedback_rule!r}. For another rule use '
+                'method="grape".'
+            )
+        if self.method in ESTIMATING and self.perturbation_space != "activation" and self.feedback_rule != "cosine":
             raise ValueError(
                 f"perturbation_space={self.perturbation_space!r} estimates a direction, not the Jacobian, which only "
                 f'feedback_rule="cosine" can use; got feedback_rule={self.feedback_rule!r}. Use '
@@ -229,14 +257,27 @@ class GrapeArgumentsMixin:
                 'calibration_strategy="steps" counts optimiser steps: expected a whole calibration_interval, got '
                 f"{self.calibration_interval}."
             )
-        if self.calibration_strategy == "adaptive" and self.method == "dfa" and not self.alignment_steps:
+        if self.calibration_strategy == "adaptive" and self.method not in ESTIMATING and not self.alignment_steps:
             raise ValueError(
-                'calibration_strategy="adaptive" watches the alignment, and method="dfa" makes no estimate of it. Set '
-                "alignment_steps to measure the exact one, or use another strategy."
+                f'calibration_strategy="adaptive" watches the alignment, and method="{self.method}" makes no estimate '
+                "of it. Set alignment_steps to measure the exact one, or use another strategy."
             )
         if self.calibration_refit and self.calibration_strategy == "no":
             raise ValueError(
                 "calibration_refit=True fits B_l at calibration steps, and there are none: set calibration_strategy."
+            )
+
+    def _check_baseline(self) -> None:
+        if self.calibration_strategy != "no" or self.calibration_refit or self.alignment_steps:
+            raise ValueError(
+                f'method="{self.method}" has no feedback matrices to calibrate or measure: expected '
+                'calibration_strategy="no", calibration_refit=False and alignment_steps=0, got '
+                f"{self.calibration_strategy!r}, {self.calibration_refit} and {self.alignment_steps}. Leave them out."
+            )
+        if self.method == "forward_gradient" and self.perturbation_space == "auto":
+            raise ValueError(
+                'method="forward_gradient" perturbs one space for all blocks: expected '
+                "perturbation_space='activation' or 'weight', got 'auto'."
             )
 
 

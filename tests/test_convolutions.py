@@ -328,7 +328,7 @@ def test_a_block_that_reads_two_outputs_is_no_link_of_a_chain():
 
 MODELS = {
     "resnet18": (["layer1.0", "layer1.1", "layer2.0"], 8, {}),
-    "vgg11_bn": (["features.3", "features.7", "features.10"], 8, {"num_features": 64}),
+    "vgg11_bn": (["features.3", "features.7", "features.10"], 8, {"mlp_ratio": 0.02}),
     "vit_tiny_patch16_224": (["blocks.0", "blocks.1", "blocks.2"], 12, {"img_size": 32, "patch_size": 8}),
     "convnext_atto": (["stages.0.blocks.0", "stages.0.blocks.1", "stages.1.blocks.0"], 12, {}),
     "efficientnet_b0": (["blocks.0.0", "blocks.1.0", "blocks.1.1"], 16, {}),

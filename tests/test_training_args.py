@@ -27,6 +27,7 @@ CHOICES = [(name, value) for name in FIELDS for value in choices(name)]
 NUMBERS = {
     "blocks_per_feedback": (int, [0, 1.5]),
     "feedback_lr": (float, [-0.1]),
+    "feedback_size_limit": (float, [-1]),
     "jvp_fraction": (float, [0, 1.5]),
     "jvp_every": (int, [0, 2.5]),
     "calibration_interval": (float, [0, -1]),

@@ -1,0 +1,65 @@
+r"""Direct Kolen-Pollack: DFA whose matrices learn like forward weights from h_l to y.
+
+Webster, Choi & Ahn, *Learning the connections in direct feedback alignment* (2021). Kolen and Pollack (1994) noticed
+that a backward matrix which gets the same increments as the forward weight, and the same decay, forgets where the two
+started and becomes its transpose. DKP does so with the direct connections of DFA: as a weight from h_l straight to y
+would get the gradient :math:`\sum_i e_i h_{l,i}^\top`,
+
+.. math:: B_l \leftarrow B_l - \eta \left(\sum_i h_{l,i} e_i^\top + \lambda B_l\right), \qquad \delta_l = B_l e.
+
+The sum runs over samples and positions; e = dLoss/dy is of the loss that is backpropagated, the mean over the batch, so
+1 / N is in it. eta is the weights' learning rate of the step times ``feedback_lr`` (1 here, as Kolen-Pollack asks for),
+lambda is ``weight_decay``. With SGD without momentum, one hidden layer and a linear read-out, B_l - W^T shrinks by
+1 - eta lambda in each step.
+
+Departures: the authors' code (github.com/webstah/dkp-gist) trains B_l by an Adam of its own (rate 1e-4, decay 1e-6) and
+draws it by He's rule; ours is the plain step of the equation, from DFA's gaussian start (``initial_feedback``). With
+Adam on the weights, whose steps have another size, tune ``feedback_lr``. Option values that are given win.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grape_hf.boundaries import Forward
+from grape_hf.layout import align_positions
+
+OPTIONS: dict[str, Any] = {
+    "feedback_space": "logits",
+    "feedback_init": "gaussian",
+    "feedback_lr": 1.0,
+    "feedback_normalize": False,
+    "calibration_strategy": "no",
+}
+
+
+@torch.no_grad()
+def products(forwards: Sequence[Forward], B: Sequence[Tensor], mask: Tensor | None = None) -> list[Tensor]:
+    """Return sum_i h_l,i e_i^T of each boundary, ``(n_l, n_y)``, over forwards whose backward has run.
+
+    Where y has other positions than h_l, a sample's e is summed over positions and goes with each position of h_l.
+
+    Args:
+        forwards: what ``Boundaries.broadcast`` (with ``keep``) or ``Boundaries.record`` kept.
+        B: the feedback matrices, for shapes and dtypes.
+        mask: ``(batch, positions)``, nonzero where a position is not padding.
+    """
+    sums = [torch.zeros_like(b) for b in B]
+    for forward in (f for f in forwards if f.y is not None and f.y.grad is not None):
+        assert forward.y is not None
+        assert forward.y.grad is not None
+        for index, h in forward.h.items():
+            h = forward.layout.vectors(h.detach()).to(sums[index])
+            if mask is not None and mask.shape == h.shape[:2]:
+                h = h * mask.to(h)[..., None]
+            e = align_positions(forward.layout.vectors(forward.y.grad).to(h), h.shape[1])
+            h = h if e.shape[1] == h.shape[1] else h.sum(1, keepdim=True)
+            sums[index] += h.flatten(0, 1).mT @ e.flatten(0, 1)
+    return sums
+
+
+def refine(B: Tensor, product: Tensor, rate: float, decay: float) -> Tensor:
+    """Take the step of a weight with gradient ``product`` and weight decay: B - rate * (product + decay * B)."""
+    return B - rate * (product + decay * B)
