@@ -28,24 +28,25 @@ from grape_hf.layout import AUTO, Layout, align_positions
 
 
 def project_error(
-    e: Tensor, B: Tensor, h_shape: torch.Size, mask: Tensor | None = None, layout: Layout = AUTO
+    e: Tensor, B: Tensor | None, h_shape: torch.Size, mask: Tensor | None = None, layout: Layout = AUTO
 ) -> Tensor:
     r"""Return delta_l = B_l e for every position of h_l.
 
     Args:
         e: dLoss/dy in the shape of y.
-        B: feedback matrix, ``(n_l, n_y)``. The product is computed in the dtype of e.
+        B: feedback matrix, ``(n_l, n_y)``; None stands for the identity. The product is computed in the dtype of e.
         h_shape: shape of h_l, which is the shape of the result.
         mask: ``(batch, positions)``, nonzero where a position is not padding; needed only where one error per sample
             goes to several positions.
         layout: how h_l and e are seen as vectors.
     """
-    batch, positions = h_shape[0], h_shape.numel() // (h_shape[0] * B.shape[0])
-    e = layout.vectors(e).to(B.device)
-    e_aligned = align_positions(e, positions)
-    delta = e_aligned @ B.mT.to(e.dtype)  # (batch, positions or 1, n_l)
-    if e_aligned.shape[1] != positions:
-        delta = delta.expand(batch, positions, B.shape[0])
+    e = layout.vectors(e)
+    n_l = e.shape[-1] if B is None else B.shape[0]
+    batch, positions = h_shape[0], h_shape.numel() // (h_shape[0] * n_l)
+    e = align_positions(e, positions)
+    delta = e if B is None else e.to(B.device) @ B.mT.to(e.dtype)  # (batch, positions or 1, n_l)
+    if delta.shape[1] != positions:
+        delta = delta.expand(batch, positions, n_l)
         if mask is not None and mask.shape == (batch, positions):
             delta = delta * mask.to(delta)[..., None]
     return layout.restore(delta, h_shape)
@@ -67,8 +68,8 @@ class _Receive(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, B: Tensor, star: _Star, mask: Tensor | None) -> Tensor:
-        ctx.B, ctx.star, ctx.mask, ctx.h_shape, ctx.dtype = B, star, mask, h.shape, h.dtype
+    def forward(ctx: Any, h: Tensor, B: Tensor | None, star: _Star, mask: Tensor | None) -> Tensor:
+        ctx.B, ctx.star, ctx.mask, ctx.h_shape, ctx.dtype, ctx.device = B, star, mask, h.shape, h.dtype, h.device
         return h.new_zeros(())
 
     @staticmethod
@@ -76,7 +77,8 @@ class _Receive(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None, None]:
         assert ctx.star.e is not None, "the error arrives before any block is reached"
         star = ctx.star
-        return project_error(star.e, ctx.B, ctx.h_shape, ctx.mask, star.layout).to(ctx.dtype), None, None, None
+        delta = project_error(star.e, ctx.B, ctx.h_shape, ctx.mask, star.layout)
+        return delta.to(ctx.device, ctx.dtype), None, None, None
 
 
 class _Broadcast(torch.autograd.Function):
@@ -160,7 +162,9 @@ class Boundaries:
                 handle.remove()
 
     @contextmanager
-    def broadcast(self, B: Sequence[Tensor], mask: Tensor | None = None, keep: bool = False) -> Iterator[list[Forward]]:
+    def broadcast(
+        self, B: Sequence[Tensor | None], mask: Tensor | None = None, keep: bool = False
+    ) -> Iterator[list[Forward]]:
         """Send dLoss/dy to every block at once, by the matrices B_1 .. B_{L-1}, each ``(n_l, n_y)``.
 
         Block 1 and whatever feeds it (embeddings, stem) are one unit with local backpropagation; block L and what
@@ -168,7 +172,7 @@ class Boundaries:
         (generation) is left alone; several forwards for one loss are a star each.
 
         Args:
-            B: the feedback matrices.
+            B: the feedback matrices; None stands for an identity, and saves the product.
             mask: ``(batch, positions)``, nonzero where a position is not padding.
             keep: hand out h_l and y of each forward, where a backward leaves e in ``y.grad``; else the list is empty.
 
@@ -261,7 +265,7 @@ class _Mode:
 
 
 class _BroadcastMode(_Mode):
-    def __init__(self, boundaries: Boundaries, B: list[Tensor], mask: Tensor | None, keep: bool) -> None:
+    def __init__(self, boundaries: Boundaries, B: list[Tensor | None], mask: Tensor | None, keep: bool) -> None:
         self.layout, self.copied, self.B, self.mask = boundaries.layout, boundaries.copied, B, mask
         self.star = _Star(self.layout)  # of the forward under way
         self.keep, self.forwards = keep, list[Forward]()

@@ -81,6 +81,7 @@ class GrapeRun:
         options = self.options
         B = self._initial_feedback(space, shapes, forward)
         self.feedback = Feedback(B, options.feedback_rule or "lms", options.feedback_lr or 0.0, self._normalize())
+        self._frozen_identity = self._find_frozen_identity()
         self.jvp_mode = self._jvp_mode()
         self.spaces = [
             "weight" if self._in_weight_space(block, h.shape[-1]) else "activation"
@@ -176,7 +177,7 @@ class GrapeRun:
         """
         learns_in_place = self.options.method == "dkp"
         if not self.calibrating and not learns_in_place:
-            with self.boundaries.broadcast(self.feedback.B, mask):
+            with self.boundaries.broadcast(self._frozen_identity or self.feedback.B, mask):
                 yield
             return
         star = self.boundaries.broadcast(self.feedback.B, mask, keep=True)
@@ -258,6 +259,7 @@ class GrapeRun:
     def load(self, folder: Path) -> None:
         """Read them back; see ``Feedback.load`` for what is refused."""
         self.feedback.load(folder / FEEDBACK_NAME, self.block_names)
+        self._frozen_identity = self._find_frozen_identity()
         path = folder / STATE_NAME
         try:
             state = json.loads(path.read_text())
@@ -331,6 +333,14 @@ class GrapeRun:
             'measure the error where it has fewer numbers (feedback_space="logits" for few classes), or raise the '
             "limit."
         )
+
+    def _find_frozen_identity(self) -> list[None] | None:
+        """Identities that no step changes, as ``broadcast`` takes them: the product with one can be left out."""
+        options, B = self.options, self.feedback.B
+        if options.method != "dfa" or (options.calibration_refit and options.calibration_strategy != "no"):
+            return None
+        square = all(b.shape[0] == b.shape[1] and torch.equal(b, torch.eye(len(b)).to(b)) for b in B)
+        return [None] * len(B) if square else None
 
     def _normalize(self) -> bool:
         return bool(self.options.feedback_normalize) and self.options.method in ESTIMATING

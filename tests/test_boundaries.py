@@ -105,6 +105,15 @@ def test_each_boundary_gets_b_times_e():
     assert_same(got, gradients(model, locally + loss))
 
 
+def test_none_stands_for_an_identity():
+    model, x, seen = Stack(3).double(), torch.randn(2, 7, 5, dtype=torch.float64), []
+    for B in ([torch.eye(5, dtype=torch.float64)] * 2, [None] * 2):
+        boundaries = Boundaries(model.blocks)
+        with boundaries.attached(), boundaries.broadcast(B):
+            seen.append(gradients(model, model(x).square().sum()))
+    assert all(torch.equal(gradient, seen[1][name]) for name, gradient in seen[0].items())
+
+
 def test_an_error_per_sample_goes_to_every_unpadded_position():
     """A classifier on the mean token: h (batch, 6, 5), y (batch, 5); with J_l known the same B_l e serves all."""
 

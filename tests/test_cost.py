@@ -67,6 +67,10 @@ def attention_flops(samples: int) -> int:
     return 2 * samples * 2 * POSITIONS * POSITIONS * WIDTH
 
 
+# A frozen start that is no identity: a star with its products.
+GAUSSIAN = {"method": "dfa", "feedback_space": "hidden", "feedback_init": "gaussian"}
+
+
 def test_method_bp_computes_what_backpropagation_computes(tmp_path):
     head = N * 2 * WIDTH * VOCABULARY
     forward = BLOCKS * (linear_flops(BATCH) + attention_flops(BATCH)) + head
@@ -77,7 +81,11 @@ def test_method_bp_computes_what_backpropagation_computes(tmp_path):
 
 def test_a_star_costs_backpropagation_and_one_product_with_each_feedback_matrix(tmp_path):
     feedback = (BLOCKS - 1) * N * PRODUCT
-    assert step_flops(tmp_path, method="dfa") == step_flops(tmp_path, method="bp") + feedback
+    assert step_flops(tmp_path, **GAUSSIAN) == step_flops(tmp_path, method="bp") + feedback
+
+
+def test_a_frozen_identity_costs_backpropagation(tmp_path):
+    assert step_flops(tmp_path, method="dfa") == step_flops(tmp_path, method="bp")
 
 
 @pytest.mark.parametrize("rule", ["lms", "ema"])
@@ -89,14 +97,14 @@ def test_an_estimate_costs_dual_numbers_up_to_y_on_the_share_of_the_batch(tmp_pa
     passed = linear + attention + (BLOCKS - 1) * (2 * linear + 3 * attention)
     rank_one = (BLOCKS - 1) * samples * POSITIONS * PRODUCT  # q a^T at each boundary
     predicted = rank_one if rule == "lms" else 0  # B^T v
-    star = step_flops(tmp_path, method="dfa")
+    star = step_flops(tmp_path, **GAUSSIAN)
     options = dict(method="grape", feedback_rule=rule, jvp_fraction=FRACTION, jvp_every=1)
     assert step_flops(tmp_path, **options) == star + passed + rank_one + predicted
 
 
 def test_a_step_on_which_no_estimate_is_due_costs_a_star(tmp_path):
     options = dict(method="grape", jvp_fraction=FRACTION, jvp_every=2)
-    star = step_flops(tmp_path, method="dfa")
+    star = step_flops(tmp_path, **GAUSSIAN)
     assert step_flops(tmp_path, step=1, **options) == star
     assert step_flops(tmp_path, step=2, **options) > star
 
@@ -134,7 +142,7 @@ def test_one_delta_is_alive_at_a_time(tmp_path, monkeypatch):
         return delta
 
     monkeypatch.setattr(grape_hf.boundaries, "project_error", watched)
-    train(GPT2, tmp_path, method="dfa", max_steps=2)
+    train(GPT2, tmp_path, **GAUSSIAN, max_steps=2)
     assert alive == [1] * 2 * (BLOCKS - 1)
     assert not any(ref() is not None for ref in born)
 
