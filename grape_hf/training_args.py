@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "paper": {
         "feedback_space": "auto",
-        "feedback_sharing": "none",
+        "feedback_sharing": "auto",
         "feedback_init": "gaussian",
         "feedback_rule": "cosine",
         "feedback_lr": 0.1,
