@@ -15,7 +15,7 @@ from grape_hf.feedback import exact_pair
 
 def frobenius_cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine between two tensors of one shape, seen as vectors; NaN if one of them is zero."""
-    return (a * b).sum() / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+    return torch.linalg.vecdot(a, b).sum() / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
 
 
 def feedback_alignment(B: Sequence[Tensor], J_hat: Sequence[Tensor]) -> Tensor:

@@ -67,10 +67,11 @@ def refine_cosine(B: Tensor, J_hat: Tensor, lr: float, eps: float = 1e-8) -> Ten
 
     Source: GrAPE (ICLR 2026), local cosine alignment loss.
     """
-    length = torch.linalg.vector_norm(B, dim=0, keepdim=True) + eps
-    direction, target = B / length, normalize_columns(J_hat.mT, eps)
-    cosine = (direction * target).sum(0, keepdim=True)
-    return B + lr * (target - cosine * direction) / length
+    T = J_hat.mT
+    B_length, T_length = (torch.linalg.vector_norm(t, dim=0, keepdim=True) + eps for t in (B, T))
+    cosine = torch.linalg.vecdot(B, T, dim=0) / (B_length * T_length)
+    # B + lr (T / |T| - cosine B / |B|) / |B|, in as few passes over the matrices as can be
+    return torch.addcmul(B * (1 - lr * cosine / B_length**2), T, lr / (B_length * T_length))
 
 
 def refine_ema(B: Tensor, J_hat: Tensor, lr: float) -> Tensor:

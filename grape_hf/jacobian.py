@@ -137,7 +137,7 @@ def rank_one_sum(q: Tensor, a: Tensor) -> Tensor:
     q, a = q.to(dtype), a.to(dtype)
     if q.shape[1] != a.shape[1]:
         q, a = q.mean(1, keepdim=True), a.sum(1, keepdim=True)
-    return q.flatten(0, 1).mT @ a.flatten(0, 1)
+    return (a.flatten(0, 1).mT @ q.flatten(0, 1)).mT  # laid out in memory like B_l, which it is compared with
 
 
 @torch.no_grad()

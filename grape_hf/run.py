@@ -55,6 +55,10 @@ class GrapeRun:
         self.block_names, self.blocks = list(named)[:-1], list(named.values())
         if options.feedback_space == "logits":
             find_head(model)
+        kinds = (nn.Conv2d, nn.Conv3d)
+        self._convolutional = any(isinstance(m, kinds) for block in self.blocks for m in block.modules())
+        if self._convolutional and options.method == "grape" and options.grape_preset == "recommended":
+            logger.info('GrAPE: the blocks are convolutional, where grape_preset="convnet" learns better.')
         self._batch_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
         self.current_step: int | None = None
         self.calibrating = False
@@ -348,10 +352,8 @@ class GrapeRun:
     def _jvp_mode(self) -> JvpMode:
         if self.options.jvp_mode in ("dual", "finite_difference"):
             return self.options.jvp_mode
-        convolutions = (nn.Conv2d, nn.Conv3d)
         # On convolutions a dual forward costs 3.4 to 5.9 forwards, two for a finite difference (DESIGN.md).
-        found = any(isinstance(m, convolutions) for block in self.blocks for m in block.modules())
-        return "finite_difference" if found else "dual"
+        return "finite_difference" if self._convolutional else "dual"
 
     def _in_weight_space(self, block: nn.Module, n_l: int) -> bool:
         space = self.options.perturbation_space

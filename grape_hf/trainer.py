@@ -127,8 +127,11 @@ class GrapeMixin(_Base):
         return None if self._baseline else GrapeRun(self.model, self.grape_options, self.args.seed)
 
     def _start(self, run: GrapeRun, inputs: dict[str, Any]) -> None:
-        sample = self._prepare_inputs(take_samples(inputs, [0], find_batch_size(inputs) or 1))
-        run.start(lambda: self._loss(sample), self._steps_per_epoch)
+        batch = find_batch_size(inputs) or 1
+        # One shows the shapes; the Jacobian of a shortcut path is a mean over samples.
+        number = min(batch, 32 if self.grape_options.feedback_init == "identity" else 1)
+        samples = self._prepare_inputs(take_samples(inputs, list(range(number)), batch))
+        run.start(lambda: self._loss(samples), self._steps_per_epoch)
         if self._resumed_from is not None:
             run.load(self._resumed_from)
 

@@ -412,6 +412,20 @@ def test_a_checkpoint_brings_back_the_feedback(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_shortcut_start_is_a_mean_over_samples(tmp_path):
+    options = dict(max_steps=1, per_device_train_batch_size=8, feedback_init="identity", method="dfa")
+    trainer = GrapeTrainer(classifier("resnet20_cifar"), arguments(tmp_path, **options), train_dataset=samples(16))
+    trainer.train()
+    model, rows = classifier("resnet20_cifar"), samples(16)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(42)).tolist()
+    x = torch.stack([rows[i]["pixel_values"] for i in order])
+    inner = model.timm_model
+    blocks = [*inner.layer1, *inner.layer2, *inner.layer3]
+    expected = shortcut_feedback(model.train(), Boundaries(blocks, inner.fc), lambda: model(x), [""] * 8)
+    for b, e in zip(trainer.feedback, expected, strict=True):
+        torch.testing.assert_close(b, e, rtol=1e-3, atol=1e-6)  # the order of a sum over samples
+
+
 def test_matrices_above_the_limit_are_refused_before_training(tmp_path):
     model = classifier("resnet20_cifar")
     before = [p.detach().clone() for p in model.parameters()]

@@ -4,6 +4,7 @@ r"""What does a step cost, in time and memory, beside a step of the stock ``tran
     python recipes/benchmarks/step_cost.py --rounds 2 --width 64             # a look: one minute
     taskset -c 0 python recipes/benchmarks/step_cost.py --threads 1 --clock cpu    # on a busy machine
     python recipes/benchmarks/step_cost.py --device cuda                     # the same on a GPU
+    python recipes/benchmarks/step_cost.py recipes/benchmarks/step_cost_images.yaml  # ResNet-20, 32 x 32, batch 128
 
 GPT-2 of 6 layers, d 256, context 128, batch 8, vocabulary 8,192, random tokens, float32, no dropout, AdamW. The methods
 take turns: in each round every one trains for a burst of steps through its Trainer's own ``train()``, and a step is
@@ -11,15 +12,18 @@ everything from one step's end to the next one's (data, forward, backward, clipp
 taken within a round, so that a slow spell of the machine hits both sides; what is stated is the median over rounds and
 the quartiles. Where a step's time goes is measured in bursts of their own, with a clock read at each seam.
 
+For images, SGD with momentum and channels-last; any timm architecture.
+
 Memory is the most that tensors occupy at once, weights and optimiser state included, each method in a process of its
 own: on the CPU added up from torch's allocation events, on CUDA ``max_memory_allocated``. Every option of the YAML file
-of the same name is an option of the command line. Writes a table (Markdown) and all figures (JSON).
+is an option of the command line. Writes a table (Markdown) and all figures (JSON).
 """
 
 import argparse
 import dataclasses
 import gc
 import json
+import math
 import multiprocessing
 import platform
 import resource
@@ -36,6 +40,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
@@ -58,7 +63,7 @@ def main() -> None:
     result = {"setting": setting, "machine": machine(setting), "step_s": times, "parts_s": parts, "memory": memory}
     folder = TOP / setting["output_dir"]
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"step_cost_{setting['device']}_{setting['threads']}"
+    name = f"step_cost_{setting['model']}_{setting['device']}_{setting['threads']}"
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     text = table(result)
     (folder / f"{name}.md").write_text(text)
@@ -68,7 +73,8 @@ def main() -> None:
 def read_setting() -> dict[str, Any]:
     """Read the YAML file, and from the command line what is to differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    setting: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+    parser.add_argument("config", nargs="?", default=str(Path(__file__).with_suffix(".yaml")))
+    setting: dict[str, Any] = yaml.safe_load(Path(parser.parse_known_args()[0].config).read_text())
     for name, value in setting.items():
         if not isinstance(value, dict):
             parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default: {value}")
@@ -116,9 +122,8 @@ class Clock(TrainerCallback):
         self.ends.append(self.now())
 
 
-def make_trainer(setting: dict[str, Any], options: dict[str, Any], clock: Clock, folder: Path) -> Trainer:
-    """Make the stock Trainer, or ours if there are options, around a new model."""
-    torch.manual_seed(0)
+def text(setting: dict[str, Any]) -> tuple[nn.Module, list[dict[str, Any]], dict[str, Any]]:
+    """Return a GPT-2, random tokens, and the options of its training."""
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=setting["vocab_size"],
@@ -134,6 +139,34 @@ def make_trainer(setting: dict[str, Any], options: dict[str, Any], clock: Clock,
         )
     )
     tokens = torch.randint(setting["vocab_size"], (setting["batch"] * setting["steps"], setting["context"]))
+    return model, [{"input_ids": t, "labels": t} for t in tokens], {}
+
+
+def images(setting: dict[str, Any]) -> tuple[nn.Module, list[dict[str, Any]], dict[str, Any]]:
+    """Return a timm model, random images, and the options of its training."""
+    from grape_hf.vision import image_classifier
+
+    model = image_classifier(setting["model"], [str(k) for k in range(setting["classes"])])
+    number = setting["batch"] * setting["steps"]
+    pixels = torch.randn(number, 3, setting["side"], setting["side"]).to(memory_format=torch.channels_last)
+    labels = torch.randint(setting["classes"], (number,)).tolist()
+    samples = [{"pixel_values": x, "labels": label} for x, label in zip(pixels, labels, strict=True)]
+    return model.to(memory_format=torch.channels_last), samples, {"optim": "sgd", "optim_args": "momentum=0.9"}
+
+
+def stack(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Make a batch; maps stay channels-last."""
+    first, *others = rows[0]
+    values = torch.stack([row[first] for row in rows])
+    if values.ndim == 4:
+        values = values.contiguous(memory_format=torch.channels_last)
+    return {first: values, **{name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in others}}
+
+
+def make_trainer(setting: dict[str, Any], options: dict[str, Any], clock: Clock, folder: Path) -> Trainer:
+    """Make the stock Trainer, or ours if there are options, around a new model."""
+    torch.manual_seed(0)
+    model, samples, usual = (text if setting["model"] == "gpt2" else images)(setting)
     ours = bool(options.keys() - {CHECKPOINTING})
     kind, arguments = (GrapeTrainer, GrapeTrainingArguments) if ours else (Trainer, TrainingArguments)
     args = arguments(
@@ -147,9 +180,10 @@ def make_trainer(setting: dict[str, Any], options: dict[str, Any], clock: Clock,
         disable_tqdm=True,
         use_cpu=setting["device"] == "cpu",
         dataloader_pin_memory=setting["device"] != "cpu",
+        **usual,
         **options,
     )
-    trainer = kind(model, args, train_dataset=[{"input_ids": t, "labels": t} for t in tokens], callbacks=[clock])
+    trainer = kind(model, args, data_collator=stack, train_dataset=samples, callbacks=[clock])
     trainer.remove_callback(PrinterCallback)
     if clock.in_parts:
         put_seams(trainer, clock)
@@ -231,7 +265,7 @@ def measure_memory(setting: dict[str, Any]) -> dict[str, dict[str, dict[str, int
     """Return each method's peak, without and with activation checkpointing, each from a process of its own."""
     found: dict[str, dict[str, dict[str, int]]] = {}
     context = multiprocessing.get_context("spawn")
-    for checkpointing in (False, True):
+    for checkpointing in (False, True) if setting["model"] == "gpt2" else (False,):
         label = "checkpointing" if checkpointing else "plain"
         for name, options in setting["methods"].items():
             with context.Pool(1) as pool:
@@ -282,9 +316,8 @@ def table(result: dict[str, Any]) -> str:
     setting, times, parts, memory = (result[key] for key in ("setting", "step_s", "parts_s", "memory"))
     first = next(iter(setting["methods"]))
     usual = [statistics.fmean(burst) for burst in times[first]]
-    shape = "GPT-2, {layers} layers, d={width}, context {context}, batch {batch}, vocabulary {vocab_size}".format(
-        **setting
-    )
+    shape = "GPT-2, {layers} layers, d={width}, context {context}, batch {batch}, vocabulary {vocab_size}"
+    shape = (shape if setting["model"] == "gpt2" else "{model}, {side} x {side}, batch {batch}").format(**setting)
     where = f"{setting['threads']} thread(s), " if setting["device"] == "cpu" else ""
     lines = [
         f"{shape}; float32, {where}{result['machine']['device']}, torch {result['machine']['torch']}, "
@@ -302,7 +335,7 @@ def table(result: dict[str, Any]) -> str:
         ratio = {kind: peak["tensors"] / memory[first][kind]["tensors"] for kind, peak in memory[name].items()}
         lines.append(
             f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} | {target.get('time', '')} | {ratio['plain']:.3f} | "
-            f"{ratio['checkpointing']:.3f} | {target.get('memory', '')} |"
+            f"{ratio.get('checkpointing', math.nan):.3f} | {target.get('memory', '')} |"
         )
     lines += [
         "",
