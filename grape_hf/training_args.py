@@ -94,9 +94,9 @@ class GrapeArgumentsMixin:
     grape_preset: Literal["recommended", "convnet", "paper"] = field(
         default="recommended",
         metadata={
-            "help": "Values for every option below that is not given: what worked best in our studies for Transformers, "
-            "`recommended`, and for convolutional networks, `convnet`; or `paper`, the settings of the GrAPE paper "
-            "(ICLR 2026)."
+            "help": "Values for every option below that is not given: what worked best in our studies for "
+            "Transformers, `recommended`, and for convolutional networks, `convnet`; or `paper`, the settings of the GrAPE "
+            "paper (ICLR 2026)."
         },
     )
     blocks: str | None = field(
