@@ -95,8 +95,8 @@ class GrapeArgumentsMixin:
         default="recommended",
         metadata={
             "help": "Values for every option below that is not given: what worked best in our studies for "
-            "Transformers, `recommended`, and for convolutional networks, `convnet`; or `paper`, the settings of the GrAPE "
-            "paper (ICLR 2026)."
+            "Transformers, `recommended`, and for convolutional networks, `convnet`; or `paper`, the settings of the "
+            "GrAPE paper (ICLR 2026)."
         },
     )
     blocks: str | None = field(
