@@ -77,7 +77,8 @@ class GrapeRun:
 
         Raises:
             ValueError: if ``feedback_init`` does not suit the shapes found, the matrices are larger than
-                ``feedback_size_limit``, or the schedule needs the length of an epoch.
+                ``feedback_size_limit``, the schedule needs the length of an epoch, or FSDP2 shards a model whose blocks
+                would have to run with other weights.
             RuntimeError: if the blocks do not run once each, in order, each on the output of the one before.
         """
         self.close()
@@ -93,6 +94,12 @@ class GrapeRun:
             "weight" if self._in_weight_space(block, h.shape[-1]) else "activation"
             for block, h in zip(self.blocks, shapes.h, strict=False)
         ]
+        if self.sharded and "weight" in self.spaces:
+            raise ValueError(
+                f"perturbation_space={options.perturbation_space!r} perturbs the weights of "
+                f"{self.block_names[self.spaces.index('weight')]}, which FSDP2 shards. Use "
+                'perturbation_space="activation", or DDP.'
+            )
         self._hooks.enter_context(self.boundaries.attached())
         self._started = True
 
@@ -321,6 +328,11 @@ class GrapeRun:
             f"{total} feedback matrices of {numbers:,} numbers, {numbers * 4 / 2**20:.1f} MiB."
         )
         if init == "identity" and not square:
+            if self.sharded:
+                raise ValueError(
+                    'feedback_init="identity" takes the weights of the residual branches away for a while where h_l '
+                    'and y differ in size, and FSDP2 shards them. Use feedback_init="gaussian" or "zero", or DDP.'
+                )
             return shortcut_feedback(self.model, self.boundaries, forward, self.block_names)
         generator = torch.Generator().manual_seed(self.seed)
         return [

@@ -21,6 +21,7 @@ from transformers.trainer_utils import has_length
 
 from grape_hf.baselines import BASELINES, make_baseline
 from grape_hf.baselines.base import Baseline, MicroBatch
+from grape_hf.parallelism import refuse_parallelism
 from grape_hf.ranks import Ranks
 from grape_hf.run import GrapeRun, calibration_schedule
 from grape_hf.training_args import GrapeArgumentsMixin
@@ -185,14 +186,7 @@ class GrapeMixin(_Base):
             self._refuse_with_baseline()
         if self.args.fp16 and method in ("dkp", "pepita"):
             raise ValueError(f"fp16 scales the loss, and method={method!r} needs the error as it is. Use bf16 or fp32.")
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas the hooks cannot tell "
-                "apart. Use one process for each: `accelerate launch your_script.py`, or show one GPU with "
-                "CUDA_VISIBLE_DEVICES=0."
-            )
-        if self.is_deepspeed_enabled:
-            raise ValueError("DeepSpeed is not supported with GrAPE yet. Use DDP or FSDP2, or method='bp'.")
+        refuse_parallelism(self, self.grape_options)
         checkpointing = getattr(self.args, "gradient_checkpointing_kwargs", None) or {}
         if checkpointing.get("use_reentrant"):
             raise ValueError(
