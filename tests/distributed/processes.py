@@ -35,7 +35,10 @@ class Processes:
             if not connection.poll(TIMEOUT if not errors else 5):
                 errors.append(f"rank {rank} gave no answer in {TIMEOUT} s")
                 continue
-            result, error = connection.recv()
+            try:
+                result, error = connection.recv()
+            except EOFError:
+                result, error = None, "the process died"
             results.append(result)
             if error:
                 errors.append(f"rank {rank}:\n{error}")
