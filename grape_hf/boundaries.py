@@ -123,6 +123,7 @@ class Boundaries:
             leave out all but the last of each group.
         output: the module whose output is y; the last block by default.
         layout: how activations are seen as vectors.
+        whole: whether a forward must run to its end even when nothing behind y matters (FSDP2 counts on that).
 
     Attributes:
         copied: boundaries whose h_l the next block changes in place, which therefore gets a copy (``probe``).
@@ -131,12 +132,18 @@ class Boundaries:
         ValueError: if there is no block.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], output: nn.Module | None = None, layout: Layout = AUTO) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        output: nn.Module | None = None,
+        layout: Layout = AUTO,
+        whole: bool = False,
+    ) -> None:
         if not blocks:
             raise ValueError("expected at least one block, got none.")
         self.blocks = list(blocks)
         self.output = ends(self.blocks[-1])[1] if output is None else output
-        self.layout = layout
+        self.layout, self.whole = layout, whole
         self.copied: set[int] = set()
         self._mode: _Mode | None = None
 
@@ -194,17 +201,18 @@ class Boundaries:
 
     @contextmanager
     def perturb(self, inject: Callable[[int, Tensor, nn.Module, tuple, dict], Tensor]) -> Iterator[Forward]:
-        """Replace h_l by ``inject(index, h, block, args, kwargs)`` in one forward, which ends when y is reached.
+        """Replace h_l by ``inject(index, h, block, args, kwargs)`` in one forward, of which nothing behind y counts.
 
         Where this is entered with gradients enabled, a forward without them that comes first (generation, a reference
         model) is left alone, as in the other modes; ``inject`` may disable gradients when it is called first.
-        The forward is cut short by an exception that this manager catches, so nothing behind y is computed.
+        The forward is cut short by an exception that this manager catches, so nothing behind y is computed; where it
+        must be ``whole``, it goes on with y alone, without tangent or graph.
         ``forward.y`` holds y afterwards; the last two arguments of ``inject`` are what the block was called with.
 
         Raises:
             RuntimeError: if the forward ended without reaching y.
         """
-        mode = _PerturbMode(inject)
+        mode = _PerturbMode(inject, self.whole)
         with self._in_mode(mode), suppress(OutputReached):
             yield mode.forward
         if mode.forward.y is None:
@@ -334,19 +342,23 @@ class _RecordMode(_Mode):
 
 
 class _PerturbMode(_Mode):
-    def __init__(self, inject: Callable[[int, Tensor, nn.Module, tuple, dict], Tensor]) -> None:
-        self.inject, self.forward = inject, Forward()
+    def __init__(self, inject: Callable[[int, Tensor, nn.Module, tuple, dict], Tensor], whole: bool) -> None:
+        self.inject, self.whole, self.forward = inject, whole, Forward()
         self.under_way = not torch.is_grad_enabled()  # else the forward meant begins with gradients
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        if self.forward.y is not None:  # a further forward for the same loss
+            return h
         self.under_way = self.under_way or torch.is_grad_enabled()
         return self.inject(index, h, block, args, kwargs) if self.under_way else h
 
     def at_output(self, y: Tensor) -> Tensor:
-        if not self.under_way:
+        if not self.under_way or self.forward.y is not None:
             return y
         self.forward.y = y
-        raise OutputReached
+        if not self.whole:
+            raise OutputReached
+        return y.detach()  # leaves the tangent behind, too
 
 
 def _keep_grad(h: Tensor) -> Tensor:

@@ -122,8 +122,9 @@ def refit_moments(forwards: Sequence[Forward], n_boundaries: int) -> list[tuple[
                 e, delta = exact_pair(forward, index)
             else:  # nothing before the boundary is trained: zeros, by which a refit changes nothing
                 assert forward.y is not None
-                vectors = (forward.layout.vectors(t) for t in (forward.y, forward.h[index]))
-                e, delta = (torch.zeros_like(v[:, :1]).float() for v in vectors)
+                h = forward.h[index]
+                vectors = (forward.layout.vectors(t) for t in (forward.y, h))
+                e, delta = (torch.zeros_like(v[:, :1], dtype=torch.float32, device=h.device) for v in vectors)
             e = e.expand(-1, delta.shape[1], -1).flatten(0, 1)
             terms.append((e.mT @ e, e.mT @ delta.flatten(0, 1)))
         moments.append((sum(t[0] for t in terms), sum(t[1] for t in terms)))  # type: ignore[arg-type]

@@ -8,10 +8,13 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 # Batch norms keep their batch statistics in an estimate: the Jacobian wanted is the one of the training step, and
 # the running statistics lag far behind it early in training.
@@ -40,12 +43,33 @@ def isolated(model: nn.Module, deterministic: bool = True) -> Iterator[None]:
             if deterministic:
                 for module in training:
                     module.training = isinstance(module, _BATCH_STATISTICS)
+                stack.enter_context(_without_checkpointing(model))
             yield
         finally:
             for module, name, buffer in buffers:
                 setattr(module, name, buffer)
             for module in training:
                 module.training = True
+
+
+@contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Have torch's checkpoint wrappers (FSDP's activation checkpointing) just run their module; they know no eval mode.
+
+    In torch 2.11 a checkpoint has no forward-mode derivative, even where no gradients are wanted.
+    """
+    wrappers = [(module, module.checkpoint_fn) for module in model.modules() if isinstance(module, CheckpointWrapper)]
+    for module, _ in wrappers:
+        module.checkpoint_fn = partial(_run)
+    try:
+        yield
+    finally:
+        for module, checkpoint in wrappers:
+            module.checkpoint_fn = checkpoint
+
+
+def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
 
 
 @contextmanager

@@ -101,9 +101,10 @@ class JacobianSum:
         for mine, others in ((self.sums, more.sums), (self.counts, more.counts), (self.tangents, more.tangents)):
             mine[:] = [a + b for a, b in zip(mine, others, strict=True)] if mine else others
 
-    def total(self, over_ranks: Callable[[Tensor], Tensor]) -> "JacobianSum":
-        """Return the sum over ranks, by the function given."""
-        return JacobianSum(*([over_ranks(t) for t in part] for part in (self.sums, self.counts, self.tangents)))
+    def total(self, over_ranks: Callable[[list[Tensor]], list[Tensor]]) -> "JacobianSum":
+        """Return the sum over ranks, by a function that sums each of the tensors in a list."""
+        n, totals = len(self.sums), over_ranks([*self.sums, *self.counts, *self.tangents])
+        return JacobianSum(totals[:n], totals[n : 2 * n], totals[2 * n :])
 
     def mean(self) -> list[Tensor]:
         """Return the estimates, ``(n_y, n_l)`` each; zero where nothing was summed (a batch of padding only)."""

@@ -28,6 +28,7 @@ from grape_hf.isolation import isolated
 from grape_hf.jacobian import ForwardModeError, JacobianSum, JvpMode, Noise, jacobian_terms
 from grape_hf.layout import Layout
 from grape_hf.probe import Probe, probe
+from grape_hf.ranks import ALONE, Ranks, is_sharded
 from grape_hf.shortcut import shortcut_feedback
 from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
 
@@ -44,13 +45,18 @@ class GrapeRun:
         model: the model; hooks are attached by ``start`` and taken off by ``close``.
         options: GrAPE's options.
         seed: seed of the estimates, of a gaussian start and of the calibration schedule.
+        ranks: the processes that train this model together, each on its share of the batch.
+
+    Attributes:
+        sharded: whether FSDP2 shards the model, so that every rank must take part in each forward.
 
     Raises:
         ValueError: if no blocks are found, or an option does not suit the model.
     """
 
-    def __init__(self, model: nn.Module, options: GrapeArgumentsMixin, seed: int = 0) -> None:
-        self.model, self.options, self.seed = model, options, seed
+    def __init__(self, model: nn.Module, options: GrapeArgumentsMixin, seed: int = 0, ranks: Ranks = ALONE) -> None:
+        self.model, self.options, self.seed, self.ranks = model, options, seed, ranks
+        self.sharded = is_sharded(model)
         named = feedback_blocks(find_blocks(model, options.blocks), options.blocks_per_feedback)
         self.block_names, self.blocks = list(named)[:-1], list(named.values())
         if options.feedback_space == "logits":
@@ -75,7 +81,8 @@ class GrapeRun:
 
         Raises:
             ValueError: if ``feedback_init`` does not suit the shapes found, the matrices are larger than
-                ``feedback_size_limit``, or the schedule needs the length of an epoch.
+                ``feedback_size_limit``, the schedule needs the length of an epoch, or FSDP2 shards a model whose blocks
+                would have to run with other weights.
             RuntimeError: if the blocks do not run once each, in order, each on the output of the one before.
         """
         self.close()
@@ -83,7 +90,8 @@ class GrapeRun:
         space, self.boundaries, shapes = self._look(forward)
         self._refuse_size(shapes)
         options = self.options
-        B = self._initial_feedback(space, shapes, forward)
+        # Each rank has looked at samples of its own.
+        B = self.ranks.first(self._initial_feedback(space, shapes, forward))
         self.feedback = Feedback(B, options.feedback_rule or "lms", options.feedback_lr or 0.0, self._normalize())
         self._frozen_identity = self._find_frozen_identity()
         self.jvp_mode = self._jvp_mode()
@@ -91,6 +99,12 @@ class GrapeRun:
             "weight" if self._in_weight_space(block, h.shape[-1]) else "activation"
             for block, h in zip(self.blocks, shapes.h, strict=False)
         ]
+        if self.sharded and "weight" in self.spaces:
+            raise ValueError(
+                f"perturbation_space={options.perturbation_space!r} perturbs the weights of "
+                f"{self.block_names[self.spaces.index('weight')]}, which FSDP2 shards. Use "
+                'perturbation_space="activation", or DDP.'
+            )
         self._hooks.enter_context(self.boundaries.attached())
         self._started = True
 
@@ -138,13 +152,16 @@ class GrapeRun:
         share = Fraction(str(self.options.jvp_fraction))
         return [i for i, place in enumerate(places) if ceil((place + 1) * share) > ceil(place * share)]
 
-    def estimate(self, forward: Callable[[], object], places: Sequence[int], mask: Tensor | None = None) -> None:
+    def estimate(
+        self, forward: Callable[[], object], places: Sequence[int], mask: Tensor | None = None, counts: bool = True
+    ) -> None:
         """Add one micro-batch to this step's estimate of the Jacobians.
 
         Args:
             forward: runs the model on the samples that ``sampled`` chose, in any way that reaches y.
             places: their places in the global batch.
             mask: ``(batch, positions)``, nonzero where a position is not padding.
+            counts: False if none was chosen, and the forwards are run for the ranks that wait for them (``sharded``).
         """
         assert self.current_step is not None
         noise = Noise(self.seed, self.current_step, places)
@@ -164,13 +181,16 @@ class GrapeRun:
                 )
 
         try:
-            self._estimate.add(terms(self.jvp_mode))
+            found = terms(self.jvp_mode)
         except ForwardModeError as error:
-            if self.options.jvp_mode != "auto":
+            # Half-way through a forward FSDP2 cannot start another one.
+            if self.options.jvp_mode != "auto" or self.sharded:
                 raise ForwardModeError(f'{error} Use jvp_mode="finite_difference".') from error
             logger.warning(f"GrAPE: finite differences in place of dual numbers from here on: {error}")
             self.jvp_mode = "finite_difference"
-            self._estimate.add(terms(self.jvp_mode))
+            found = terms(self.jvp_mode)
+        if counts:
+            self._estimate.add(found)
 
     @contextmanager
     def step(self, mask: Tensor | None = None) -> Iterator[None]:
@@ -208,13 +228,10 @@ class GrapeRun:
         with isolated(self.model, deterministic=False):
             self._add_products(exact_alignment(self.boundaries, loss, self.feedback.B, mask))
 
-    def finish_step(
-        self, total: Callable[[Tensor], Tensor] = lambda t: t, rate: float = 0.0, decay: float = 0.0
-    ) -> None:
-        """Refine the feedback by what this optimiser step gathered.
+    def finish_step(self, rate: float = 0.0, decay: float = 0.0) -> None:
+        """Refine the feedback by what this optimiser step gathered on all ranks.
 
         Args:
-            total: sums a tensor over ranks.
             rate: learning rate of the weights in this step; only ``dkp`` asks for it and the next.
             decay: weight decay of the weights.
         """
@@ -224,18 +241,19 @@ class GrapeRun:
                 zeros = [b.new_zeros(b.mT.shape) for b in self.feedback.B]
                 none = [torch.zeros((), dtype=torch.int64, device=b.device) for b in zeros]
                 self._estimate.add(JacobianSum(zeros, none))
-            estimate = self._estimate.total(total)
+            estimate = self._estimate.total(self.ranks.total)
             self._log_alignment("estimate", feedback_alignment(self.feedback.B, self.feedback.jacobians(estimate)))
             self.feedback.refine(estimate)
         if self._weight_gradients:
-            ranks = total(torch.ones((), device=self._weight_gradients[0].device))  # as DDP averages gradients
-            means = [total(g) / ranks for g in self._weight_gradients]
+            means = [g / self.ranks.count for g in self.ranks.total(self._weight_gradients)]  # as of all gradients
             eta = rate * (self.options.feedback_lr or 0.0)
             self.feedback.B = [dkp.refine(b, g, eta, decay) for b, g in zip(self.feedback.B, means, strict=True)]
         if self._products is not None:
-            self._log_alignment("exact", delta_alignment(total(self._products)))
+            self._log_alignment("exact", delta_alignment(*self.ranks.total([self._products])))
         if self._moments:
-            self.feedback.refit([(total(ee), total(ed)) for ee, ed in self._moments])
+            totals = iter(self.ranks.total([t for pair in self._moments for t in pair]))
+            self.feedback.refit(list(zip(totals, totals, strict=True)))
+            self.feedback.B = self.ranks.first(self.feedback.B)
         if self.calibrating:
             self.schedule.taken(self.current_step)
             self.metrics["calibration/last_step"] = self.current_step + 1
@@ -263,6 +281,7 @@ class GrapeRun:
     def load(self, folder: Path) -> None:
         """Read them back; see ``Feedback.load`` for what is refused."""
         self.feedback.load(folder / FEEDBACK_NAME, self.block_names)
+        self.feedback.B = self.ranks.first(self.feedback.B)  # each rank has read a file of its own
         self._frozen_identity = self._find_frozen_identity()
         path = folder / STATE_NAME
         try:
@@ -288,7 +307,7 @@ class GrapeRun:
         layout = Layout(self.options.feedback_sharing or "auto", channels_last)
 
         def look(output: nn.Module | None) -> tuple[Boundaries, Probe]:
-            boundaries = Boundaries(self.blocks, output, layout)
+            boundaries = Boundaries(self.blocks, output, layout, whole=self.sharded)
             return boundaries, probe(self.model, boundaries, forward)
 
         try:
@@ -315,6 +334,11 @@ class GrapeRun:
             f"{total} feedback matrices of {numbers:,} numbers, {numbers * 4 / 2**20:.1f} MiB."
         )
         if init == "identity" and not square:
+            if self.sharded:
+                raise ValueError(
+                    'feedback_init="identity" takes the weights of the residual branches away for a while where h_l '
+                    'and y differ in size, and FSDP2 shards them. Use feedback_init="gaussian" or "zero", or DDP.'
+                )
             return shortcut_feedback(self.model, self.boundaries, forward, self.block_names)
         generator = torch.Generator().manual_seed(self.seed)
         return [
@@ -368,6 +392,7 @@ class GrapeRun:
         self._moments = moments
 
     def _log_alignment(self, kind: str, cosines: Tensor) -> None:
+        (cosines,) = self.ranks.first([cosines])  # all ranks calibrate at the same steps
         mean = cosines.nanmean()  # NaN at a boundary before which nothing is trained
         # The adaptive schedule watches one of the two: the exact one where it is measured regularly.
         if kind == ("exact" if self.options.alignment_steps else "estimate"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
@@ -20,6 +21,8 @@ from transformers.trainer_utils import has_length
 
 from grape_hf.baselines import BASELINES, make_baseline
 from grape_hf.baselines.base import Baseline, MicroBatch
+from grape_hf.parallelism import refuse_parallelism
+from grape_hf.ranks import Ranks
 from grape_hf.run import GrapeRun, calibration_schedule
 from grape_hf.training_args import GrapeArgumentsMixin
 
@@ -90,7 +93,7 @@ class GrapeMixin(_Base):
             loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
         if self.accelerator.sync_gradients:
             rate = self.optimizer.param_groups[0]["lr"]
-            run.finish_step(lambda t: self.accelerator.reduce(t, reduction="sum"), rate, self.args.weight_decay)
+            run.finish_step(rate, self.args.weight_decay)
         return loss
 
     def _count_micro_batch(self) -> None:
@@ -100,15 +103,21 @@ class GrapeMixin(_Base):
     def _places(self, inputs: dict[str, Any]) -> range:
         """Where the samples of this micro-batch stand in the global batch, however that is split (METHOD.md)."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        first = (self._micro_batch[1] * ranks + rank) * self._train_batch_size
-        return range(first, first + (find_batch_size(inputs) or 1))
+        samples = find_batch_size(inputs) or 1
+        whole = self._train_batch_size * (1 if self.accelerator.split_batches else ranks)  # of a micro-batch, all ranks
+        # The batches of an epoch's end are smaller: one rank's, or where one rank reads for all, everyone's.
+        dispatched = isinstance(self.callback_handler.train_dataloader, DataLoaderDispatcher)
+        first = self._micro_batch[1] * whole + rank * (samples if dispatched else whole // ranks)
+        return range(first, first + samples)
 
     def _estimate(self, run: GrapeRun, inputs: dict[str, Any]) -> None:
         places = self._places(inputs)
         chosen = run.sampled(places)
-        if chosen:
-            taken = self._prepare_inputs(take_samples(inputs, chosen, len(places)))
-            run.estimate(lambda: self._loss(taken), [places[i] for i in chosen], self._padding_mask(taken))
+        if chosen or run.sharded:
+            some = chosen or [0]
+            taken = self._prepare_inputs(take_samples(inputs, some, len(places)))
+            mask = self._padding_mask(taken)
+            run.estimate(lambda: self._loss(taken), [places[i] for i in some], mask, counts=bool(chosen))
 
     def _loss(self, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         with self.compute_loss_context_manager():
@@ -124,7 +133,8 @@ class GrapeMixin(_Base):
     def _new_run(self) -> GrapeRun | None:
         """Make a run of the star; of another method make the baseline, and return None."""
         self._baseline = make_baseline(self.model, self.grape_options, self.args.seed)
-        return None if self._baseline else GrapeRun(self.model, self.grape_options, self.args.seed)
+        ranks = Ranks(self.accelerator.num_processes)
+        return None if self._baseline else GrapeRun(self.model, self.grape_options, self.args.seed, ranks)
 
     def _start(self, run: GrapeRun, inputs: dict[str, Any]) -> None:
         batch = find_batch_size(inputs) or 1
@@ -179,14 +189,7 @@ class GrapeMixin(_Base):
             self._refuse_with_baseline()
         if self.args.fp16 and method in ("dkp", "pepita"):
             raise ValueError(f"fp16 scales the loss, and method={method!r} needs the error as it is. Use bf16 or fp32.")
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas the hooks cannot tell "
-                "apart. Use one process for each: `accelerate launch your_script.py`, or show one GPU with "
-                "CUDA_VISIBLE_DEVICES=0."
-            )
-        if self.is_deepspeed_enabled:
-            raise ValueError("DeepSpeed is not supported with GrAPE yet. Use DDP or FSDP2, or method='bp'.")
+        refuse_parallelism(self, self.grape_options)
         checkpointing = getattr(self.args, "gradient_checkpointing_kwargs", None) or {}
         if checkpointing.get("use_reentrant"):
             raise ValueError(

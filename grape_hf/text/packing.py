@@ -137,6 +137,8 @@ def pack(
 
 def iterate_texts(rows: Dataset | IterableDataset, column: str = "text", limit: int | None = None) -> Iterator[str]:
     """Iterate over the text of the first ``limit`` rows (default: all), to train a tokenizer on."""
+    if isinstance(rows, Dataset) and limit is not None:
+        limit = min(limit, len(rows))  # datasets 4.7 takes no more rows than there are
     for batch in (rows if limit is None else rows.take(limit)).iter(_ROWS):
         yield from batch[column]
 

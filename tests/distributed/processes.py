@@ -1,0 +1,99 @@
+"""Two real processes on the CPU, joined by gloo, that run one function after the other.
+
+They are started once and import everything once; a test then costs what it computes. What they run must be a function
+at the top level of a module, and what goes in and out must be picklable. Each call starts as in a new process: the
+singletons of accelerate are forgotten, the seed is the same.
+"""
+
+import multiprocessing
+import os
+import socket
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+WORLD = 2
+TIMEOUT = 60  # seconds, for one call: a rank that waits for ever is an error
+
+
+class Processes:
+    """The two processes. ``run`` them a function; ``close`` them at the end, or after an error, to be started anew."""
+
+    def __init__(self) -> None:
+        self._ranks: list[tuple[Any, Connection]] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call ``function`` in each process, and return the results by rank."""
+        if not self._ranks:
+            self._start()
+        for _, connection in self._ranks:
+            connection.send((function, args, kwargs))
+        results, errors = [], []
+        for rank, (_, connection) in enumerate(self._ranks):
+            if not connection.poll(TIMEOUT if not errors else 5):
+                errors.append(f"rank {rank} gave no answer in {TIMEOUT} s")
+                continue
+            try:
+                result, error = connection.recv()
+            except EOFError:
+                result, error = None, "the process died"
+            results.append(result)
+            if error:
+                errors.append(f"rank {rank}:\n{error}")
+        if errors:
+            self.close()  # the other rank may wait for one that failed
+            raise RuntimeError("\n".join(errors))
+        return results
+
+    def close(self) -> None:
+        for process, connection in self._ranks:
+            connection.close()
+            process.terminate()
+            process.join()
+        self._ranks = []
+
+    def _start(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        spawning = multiprocessing.get_context("spawn")
+        for rank in range(WORLD):
+            ours, theirs = spawning.Pipe()
+            process = spawning.Process(target=_serve, args=(theirs, rank, port), daemon=True)
+            process.start()
+            self._ranks.append((process, ours))
+
+
+def environment(rank: int, port: int) -> dict[str, str]:
+    """What ``accelerate launch`` and torchrun would set for the process."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "MASTER_PORT": port}
+    fixed = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    return {name: str(value) for name, value in places.items()} | fixed
+
+
+def _serve(connection: Connection, rank: int, port: int) -> None:
+    os.environ |= environment(rank, port)
+    import torch
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
+    torch.set_num_threads(1)
+    kept = dict(os.environ)
+    while True:
+        try:
+            function, args, kwargs = connection.recv()
+        except EOFError:
+            return
+        os.environ.clear()
+        os.environ |= kept
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        PartialState(cpu=True, backend="gloo")
+        torch.manual_seed(0)
+        try:
+            connection.send((function(*args, **kwargs), None))
+        except Exception:
+            connection.send((None, traceback.format_exc()))

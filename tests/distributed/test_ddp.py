@@ -1,0 +1,89 @@
+"""DDP: two ranks are one machine with a batch twice as large, and their feedback is one and the same.
+
+The oracle is a single process in float64; the section on B_l at the end compares rank with rank.
+"""
+
+import jobs
+import pytest
+import torch
+from helpers import LEARNED, assert_same, count_hooks, logged, weights
+from helpers import train as train_alone
+from problems import GPT2
+from test_trainer import CHECKPOINTING
+
+# Sums are taken in another order; Adam divides small gradients by their own size.
+CLOSE = {"rtol": 0, "atol": 1e-9}
+CALIBRATED = LEARNED | {"calibration_strategy": "steps", "calibration_interval": 3, "calibration_refit": True}
+RUNS = {
+    "grape": LEARNED,
+    # Samples 0 and 10 of 16, in both micro-batches the first rank's: the second has none.
+    "fraction": LEARNED | {"jvp_fraction": 0.1, "gradient_accumulation_steps": 2},
+    "differences": LEARNED | {"jvp_mode": "finite_difference", "jvp_passes": "per_block"},
+    "paper": {"grape_preset": "paper", "perturbation_space": "weight", "calibration_interval": 0.5},
+    "dkp": {"method": "dkp", "ddp_find_unused_parameters": False},
+    "refit": CALIBRATED | {"gradient_accumulation_steps": 2},
+    "measured": LEARNED | {"alignment_steps": 2, CHECKPOINTING: True},
+    "static-graph": CALIBRATED | {"ddp_find_unused_parameters": False, "ddp_static_graph": True},
+}
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_2_ranks_of_4_are_1_rank_of_8(options, processes, tmp_path):
+    options = {"max_steps": 4} | options
+    alone = train_alone(GPT2, tmp_path / "alone", dtype=torch.float64, per_device_train_batch_size=8, **options)
+    first, second = processes.run(jobs.train, "gpt2", tmp_path / "ranks", **options)
+    assert first.wrapper == "DistributedDataParallel"
+    tolerance = {"rtol": 0, "atol": 1e-7} if "jvp_mode" in options else CLOSE  # a difference of 1e-6 rms(h)
+    assert_same(first.weights, weights(alone), **tolerance)
+    assert_same(second.weights, first.weights)
+    assert first.hooks == (0, count_hooks(alone.model))  # activation checkpointing leaves one at the embeddings
+    for name in {name for entry in first.log for name in entry if name.startswith(("alignment", "calibration"))}:
+        told = [entry[name] for entry in first.log if name in entry]
+        assert told == pytest.approx([value for _, value in logged(alone, name)], abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "samples"),
+    [
+        pytest.param({"accelerator_config": {"even_batches": False}}, 14, id="uneven"),
+        pytest.param(
+            {"accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 8}, 16, id="split-batches"
+        ),
+        pytest.param({"accelerator_config": {"dispatch_batches": True}}, 14, id="dispatched"),
+        pytest.param({"stream": True}, 14, id="stream"),
+        pytest.param({"gradient_accumulation_steps": 2}, 32, id="accumulation"),
+    ],
+)
+def test_a_sample_has_the_place_that_it_has_on_one_rank(ranks, samples, processes, tmp_path):
+    """Epochs of which the last batch is smaller, too: 14 are 8 and 6."""
+    usual = {"samples": samples, "train_sampling_strategy": "sequential", "max_steps": 4, "method": "dfa"}
+    shared = {name: ranks[name] for name in ranks if name in ("stream", "gradient_accumulation_steps")}
+    expected = jobs.places(tmp_path / "alone", **usual | shared | {"per_device_train_batch_size": 8})
+    first, second = processes.run(jobs.places, tmp_path / "ranks", **usual | ranks)
+    assert not first.keys() & second.keys()
+    assert first | second == expected
+
+
+# --- B_l, rank against rank ------------------------------------------------------------------------------------------
+
+
+def test_feedback_is_the_same_on_both_ranks_after_50_steps(processes, tmp_path):
+    """In epochs of 14 samples the second rank's last batch has two: its estimates, errors and losses count less."""
+    watchful = {"calibration_strategy": "adaptive", "calibration_threshold": 0.97, "calibration_cooldown": 4}
+    uneven = {"samples": 14, "accelerator_config": {"even_batches": False}, "logging_steps": 10}
+    options = LEARNED | watchful | {"calibration_refit": True} | uneven
+    first, second = processes.run(jobs.train, "llama-padded", tmp_path, max_steps=50, dtype=torch.float32, **options)
+    assert first.log[-2]["calibration/steps"] > 2
+    assert_same(second.weights, first.weights)
+    decided = [
+        [{k: v for k, v in entry.items() if k.startswith(("alignment", "calibration"))} for entry in rank.log]
+        for rank in (first, second)
+    ]
+    assert decided[0] == decided[1]
+
+
+def test_feedback_that_each_rank_starts_for_itself_is_the_first_ranks(processes, tmp_path):
+    """The Jacobian of the shortcut path depends on the sample that it is taken at, and each rank has another."""
+    identity = {"feedback_space": "logits", "feedback_init": "identity", "method": "dfa", "max_steps": 1}
+    first, second = processes.run(jobs.train, "plain-language-model", tmp_path, **identity)
+    assert_same(second.weights, first.weights)
