@@ -160,7 +160,9 @@ class Boundaries:
                 handle.remove()
 
     @contextmanager
-    def broadcast(self, B: Sequence[Tensor], mask: Tensor | None = None, keep: bool = False) -> Iterator[list[Forward]]:
+    def broadcast(
+        self, B: Sequence[Tensor | None], mask: Tensor | None = None, keep: bool = False
+    ) -> Iterator[list[Forward]]:
         """Send dLoss/dy to every block at once, by the matrices B_1 .. B_{L-1}, each ``(n_l, n_y)``.
 
         Block 1 and whatever feeds it (embeddings, stem) are one unit with local backpropagation; block L and what
@@ -168,7 +170,8 @@ class Boundaries:
         (generation) is left alone; several forwards for one loss are a star each.
 
         Args:
-            B: the feedback matrices.
+            B: the feedback matrices; None where a boundary is not to be cut, and the gradient of the block after it
+                flows through.
             mask: ``(batch, positions)``, nonzero where a position is not padding.
             keep: hand out h_l and y of each forward, where a backward leaves e in ``y.grad``; else the list is empty.
 
@@ -261,7 +264,7 @@ class _Mode:
 
 
 class _BroadcastMode(_Mode):
-    def __init__(self, boundaries: Boundaries, B: list[Tensor], mask: Tensor | None, keep: bool) -> None:
+    def __init__(self, boundaries: Boundaries, B: list[Tensor | None], mask: Tensor | None, keep: bool) -> None:
         self.layout, self.copied, self.B, self.mask = boundaries.layout, boundaries.copied, B, mask
         self.star = _Star(self.layout)  # of the forward under way
         self.keep, self.forwards = keep, list[Forward]()
@@ -281,8 +284,10 @@ class _BroadcastMode(_Mode):
                 self.forwards.append(Forward(self.layout))
             self.forwards[-1].h[index] = h.detach()
         self.waiting[index] = None
+        if (B := self.B[index]) is None:
+            return h.clone() if index in self.copied else h
         if h.requires_grad:
-            self.waiting[index] = _Receive.apply(h, self.B[index], self.star, self.mask)
+            self.waiting[index] = _Receive.apply(h, B, self.star, self.mask)
         elif any(p.requires_grad for p in block.parameters()):
             raise RuntimeError(
                 f"the output of block {index + 1} ({type(block).__name__}) carries no gradient although the block has "
