@@ -25,7 +25,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from grape_hf.run import STATE_NAME
+from grape_hf.run import FEEDBACK_NAME, STATE_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,8 @@ def faults(folder: Path) -> list[str]:
         listed = json.loads((folder / STATE_NAME).read_text()).get("files", {})
     except FileNotFoundError:  # a stock Trainer's, or one with the model only
         listed = {}
+        if (folder / FEEDBACK_NAME).exists():
+            found.append(f"{STATE_NAME} is missing")
     except (ValueError, AttributeError):
         return [*found, f"{STATE_NAME} is cut off"]
     for name, size in listed.items():
