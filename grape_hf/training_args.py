@@ -197,9 +197,10 @@ class GrapeArgumentsMixin:
     fallback: Literal["no", "block", "bp"] = field(
         default="no",
         metadata={
-            "help": "What to do where the alignment stays below fallback_threshold: give up the feedback of that "
-            "`block`, which then gets its gradient from the block after it; or go on with ordinary backpropagation "
-            "(`bp`), by the mean alignment. For the rest of the run, with a warning. Not in the paper."
+            "help": "What to do where the alignment stays below fallback_threshold: nothing (`no`); give up the "
+            "feedback of that `block`, which then gets its gradient from the block after it; or, by the mean "
+            "alignment, go on with ordinary backpropagation (`bp`). For the rest of the run, with a warning. Not in "
+            "the paper."
         },
     )
     fallback_threshold: float = field(
