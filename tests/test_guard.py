@@ -156,7 +156,7 @@ def test_nobody_waits_for_the_device(tmp_path):
 
 
 def test_steps_whose_loss_scaler_overflows(tmp_path):
-    """In float16 with a real scaler, in a plain loop: e or delta overflows, and neither the weights nor B_l take that step."""
+    """In float16, with a real scaler: e or delta overflows, and neither the weights nor B_l take that step."""
     options = {"calibration_strategy": "steps", "calibration_interval": 1, "calibration_refit": True}
     model, samples = MLP.model(), MLP.samples(4)
     batch = {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
