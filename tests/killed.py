@@ -2,12 +2,15 @@
 
     python tests/killed.py runs FOLDER     < {"name": {option: value}, ...}
     python tests/killed.py moments FOLDER
+    python tests/killed.py ranks FOLDER
 
 ``runs`` trains each run in a process of its own, in FOLDER/name, which is killed in the middle of its save at step 30.
 ``moments`` trains one run in FOLDER/whole up to its save at step 30. From there it branches into processes, each with
 a copy of the folder, FOLDER/1, FOLDER/2 ...; the n-th is killed when, in its save, a file or folder is opened, renamed
 or deleted for the n-th time; the last one is not killed. There is an older checkpoint-30 to be written over, a copy of
-checkpoint-20. Prints one exit status a line.
+checkpoint-20. ``ranks`` trains on two ranks (DDP, gloo), of which the second is killed in the save at step 30, before it
+has written its last file; then both resume; then a straight run. FOLDER/resumed-<rank>.pt and FOLDER/straight-<rank>.pt
+hold weights, B_l and the log. Prints one exit status a line.
 """
 
 import json
@@ -15,12 +18,15 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers import LEARNED, make_trainer
+import torch
+from helpers import LEARNED, make_trainer, weights
 from problems import DROPOUT
 
 from grape_hf import GrapeTrainer
@@ -81,11 +87,52 @@ class KilledAtEachMoment(GrapeTrainer):
         super()._save_checkpoint(*args)
 
 
+class KilledOnRankOne(GrapeTrainer):
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.state.global_step == KILLED_AT and self.args.process_index == 1:
+            time.sleep(1)  # time enough for the first rank to call the checkpoint complete, if it did not wait
+            kill()
+        super()._save_rng_state(output_dir)
+
+
+def on_two_ranks(act: Callable[[], None]) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        if (pid := os.fork()) == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            act()
+            torch.distributed.destroy_process_group()
+            os._exit(0)
+        processes.append(pid)
+    for pid in reversed(processes):
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(status, flush=True)
+        if status and pid == processes[1]:
+            time.sleep(0.5)
+            os.kill(processes[0], signal.SIGKILL)
+
+
+def train_rank(folder: Path, name: str, kind: type[GrapeTrainer], resume: bool | None = None) -> None:
+    options = RUN | LEARNED | {"per_device_train_batch_size": 2, "save_total_limit": 1}
+    trainer = make_trainer(DROPOUT, folder, kind, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    torch.save([weights(trainer), history], folder.parent / f"{name}-{trainer.args.process_index}.pt")
+
+
 def main(mode: str, folder: Path) -> None:
     if mode == "runs":
         for name, options in json.load(sys.stdin).items():
             trainer = make_trainer(DROPOUT, folder / name, KilledInSave, **RUN | options)
             print(branch(trainer.train))
+    elif mode == "ranks":
+        on_two_ranks(lambda: train_rank(folder / "run", "killed", KilledOnRankOne))
+        on_two_ranks(lambda: train_rank(folder / "run", "resumed", GrapeTrainer, resume=True))
+        on_two_ranks(lambda: train_rank(folder / "straight", "straight", GrapeTrainer))
     else:
         make_trainer(DROPOUT, folder / "whole", KilledAtEachMoment, save_total_limit=1, **RUN | LEARNED).train()
 

@@ -237,3 +237,22 @@ def test_feedback_of_another_grouping_or_model_is_refused(other, tmp_path):
     saved = stopped(DEEP, tmp_path / "straight", max_steps=10, **LEARNED)
     with pytest.raises(ValueError, match=r"another model or grouping: expected matrices .*, found .*Resume with"):
         refused(tmp_path / "resumed", saved, **LEARNED | other)
+
+
+def test_one_of_two_ranks_is_killed_in_a_save(tmp_path):
+    """The first rank must not call a checkpoint complete that lacks the second's file; both go on from the last."""
+    first, other, *rest = run_killed("ranks", tmp_path)
+    assert first == -signal.SIGKILL
+    assert other != 0
+    assert rest == [0] * 4
+    saved = {
+        f"{run}-{rank}": torch.load(tmp_path / f"{run}-{rank}.pt")
+        for run in ("resumed", "straight")
+        for rank in range(2)
+    }
+    learned, losses = saved["straight-0"]
+    assert {"B_1", "B_2"} < learned.keys()
+    for name, (also_learned, also_logged) in saved.items():
+        assert_same(also_learned, learned)
+        assert also_logged == losses or name.endswith("1"), name  # the second rank logs nothing
+    assert len(losses) == 40
