@@ -8,9 +8,9 @@
 ``moments`` trains one run in FOLDER/whole up to its save at step 30. From there it branches into processes, each with
 a copy of the folder, FOLDER/1, FOLDER/2 ...; the n-th is killed when, in its save, a file or folder is opened, renamed
 or deleted for the n-th time; the last one is not killed. There is an older checkpoint-30 to be written over, a copy of
-checkpoint-20. ``ranks`` trains on two ranks (DDP, gloo), of which the second is killed in the save at step 30, before it
-has written its last file; then both resume; then a straight run. FOLDER/resumed-<rank>.pt and FOLDER/straight-<rank>.pt
-hold weights, B_l and the log. Prints one exit status a line.
+checkpoint-20. ``ranks`` trains on two ranks (DDP, gloo), of which the second is killed in the save at step 30, before
+it has written its last file; then both resume; then comes a straight run. FOLDER/resumed-<rank>.pt and
+FOLDER/straight-<rank>.pt hold weights, B_l and the log. Prints one exit status a line.
 """
 
 import json

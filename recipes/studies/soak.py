@@ -178,9 +178,9 @@ def report(kills: list[Kill], said: int, differences: list[str], args: GrapeTrai
     outcome = "differ in " + ", ".join(differences) if differences else "equal bit for bit"
     lines = [
         f"A run of {args.max_steps} steps, a checkpoint every {args.save_steps:g}, {args.save_total_limit} kept, "
-        f"killed {len(kills)} times; {cut} kills fell within a save, and {said} times a process said that it skipped what was "
-        f"left of one. Weights, B_l, optimiser state and logged losses of this run and of one that nobody killed: "
-        f"{outcome}. torch {torch.__version__}, {seconds / 60:.0f} minutes "
+        f"killed {len(kills)} times; {cut} kills fell within a save, and {said} times a process said that it skipped "
+        "what was left of one. Weights, B_l, optimiser state and logged losses of this run and of one that nobody "
+        f"killed: {outcome}. torch {torch.__version__}, {seconds / 60:.0f} minutes "
         "(`python recipes/studies/soak.py recipes/studies/soak.yaml`).",
         "",
         "| kill | began at step | killed after step | last complete checkpoint | steps to do again | save cut short |",
