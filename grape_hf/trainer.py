@@ -189,9 +189,9 @@ class GrapeMixin(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._run is None or not self.args.should_save:
+        if not self.args.should_save or self.grape_options.method in ("bp", *BASELINES):
             return
-        if self._run.started:
+        if self._run is not None and self._run.started:
             self._run.save(Path(output_dir), finished=self.state.global_step != self._run.current_step)
         elif self._resumed_from is not None and self._resumed_from.resolve() != Path(output_dir).resolve():
             # On SIGTERM, before the first step: what the run resumed from is what it has.

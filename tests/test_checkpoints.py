@@ -142,15 +142,16 @@ def test_a_stock_trainers_interrupted_save_is_told_apart_too(tmp_path):
     assert_same(weights(resumed), weights(train(GPT2, tmp_path / "straight", Trainer, max_steps=12, **STEADY)))
 
 
-def test_leftovers_are_not_counted_as_checkpoints(saved, tmp_path):
-    """Rotation would keep the interrupted checkpoint-11 and delete complete ones."""
-    shutil.copytree(saved / "checkpoint-10", saved / "checkpoint-11")
-    (saved / "checkpoint-11" / "trainer_state.json").unlink()
-    more = SAVED | LEARNED | {"max_steps": 15}
-    train(GPT2, saved, resume=True, **more)
-    assert {c.name for c in saved.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (5, 10, 11, 15)}
-    train(GPT2, saved, resume=True, **more | {"max_steps": 20, "save_total_limit": 2})
-    assert {c.name for c in saved.glob("checkpoint-*")} == {"checkpoint-15", "checkpoint-20"}
+def test_leftovers_are_not_counted_as_checkpoints(saved):
+    """A rotation would keep an interrupted checkpoint-14 as the most recent one, and delete the complete ones."""
+    left = Path(shutil.copytree(saved / "checkpoint-10", saved / "checkpoint-14"))
+    (left / "trainer_state.json").unlink()
+    os.utime(left, (time.time() + 1000,) * 2)
+    more = SAVED | LEARNED | {"save_steps": 4}
+    train(GPT2, saved, resume=True, **more | {"max_steps": 12})
+    assert {c.name for c in saved.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (5, 10, 12, 14)}
+    train(GPT2, saved, resume=True, **more | {"max_steps": 13, "save_total_limit": 1})
+    assert {c.name for c in saved.glob("checkpoint-*")} == {"checkpoint-13"}
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
@@ -219,17 +220,17 @@ def test_sigterm_in_the_middle_of_a_step(at, tmp_path, monkeypatch):
 
 def test_sigterm_before_the_first_step_of_a_resumed_run(saved, tmp_path):
     """B_l is not read yet, and the checkpoint must hold it all the same."""
-    stopped = make_trainer(GPT2, tmp_path / "run", max_steps=20, enable_jit_checkpoint=True, **LEARNED)
+    stopped = make_trainer(GPT2, tmp_path / "stopped", max_steps=20, enable_jit_checkpoint=True, **LEARNED)
     (callback,) = (c for c in stopped.callback_handler.callbacks if isinstance(c, JITCheckpointCallback))
     request = OnEvent("train_begin", lambda state, **_: setattr(callback.jit_manager, "is_checkpoint_requested", True))
     stopped.add_callback(request)
     stopped.train(resume_from_checkpoint=str(saved / "checkpoint-10"))
-    made = tmp_path / "run" / "checkpoint-10"
+    made = tmp_path / "stopped" / "checkpoint-10"
     kept = saved / "checkpoint-10"
     assert faults(made) == []
     assert (made / FILES[2]).read_bytes() == (kept / FILES[2]).read_bytes()
     straight = train(GPT2, tmp_path / "straight", max_steps=15, **LEARNED)
-    assert_same(weights(train(GPT2, tmp_path / "run", max_steps=15, resume=True, **LEARNED)), weights(straight))
+    assert_same(weights(train(GPT2, tmp_path / "stopped", max_steps=15, resume=True, **LEARNED)), weights(straight))
 
 
 def test_a_sentinel_of_transformers_says_incomplete(saved):
