@@ -16,7 +16,7 @@ h_l (a classifier), e_b is summed over positions and the same B_l e_b goes to ea
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +26,27 @@ from torch.utils.hooks import RemovableHandle
 from grape_hf.blocks import ends
 from grape_hf.layout import AUTO, Layout, align_positions
 
+Matrix = Tensor | Literal["identity"]
+
 
 def project_error(
-    e: Tensor, B: Tensor | None, h_shape: torch.Size, mask: Tensor | None = None, layout: Layout = AUTO
+    e: Tensor, B: Matrix, h_shape: torch.Size, mask: Tensor | None = None, layout: Layout = AUTO
 ) -> Tensor:
     r"""Return delta_l = B_l e for every position of h_l.
 
     Args:
         e: dLoss/dy in the shape of y.
-        B: feedback matrix, ``(n_l, n_y)``; None stands for the identity. The product is computed in the dtype of e.
+        B: feedback matrix, ``(n_l, n_y)``, or "identity". The product is computed in the dtype of e.
         h_shape: shape of h_l, which is the shape of the result.
         mask: ``(batch, positions)``, nonzero where a position is not padding; needed only where one error per sample
             goes to several positions.
         layout: how h_l and e are seen as vectors.
     """
     e = layout.vectors(e)
-    n_l = e.shape[-1] if B is None else B.shape[0]
+    n_l = e.shape[-1] if isinstance(B, str) else B.shape[0]
     batch, positions = h_shape[0], h_shape.numel() // (h_shape[0] * n_l)
     e = align_positions(e, positions)
-    delta = e if B is None else e.to(B.device) @ B.mT.to(e.dtype)  # (batch, positions or 1, n_l)
+    delta = e if isinstance(B, str) else e.to(B.device) @ B.mT.to(e.dtype)  # (batch, positions or 1, n_l)
     if delta.shape[1] != positions:
         delta = delta.expand(batch, positions, n_l)
         if mask is not None and mask.shape == (batch, positions):
@@ -68,7 +70,7 @@ class _Receive(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, B: Tensor | None, star: _Star, mask: Tensor | None) -> Tensor:
+    def forward(ctx: Any, h: Tensor, B: Matrix, star: _Star, mask: Tensor | None) -> Tensor:
         ctx.B, ctx.star, ctx.mask, ctx.h_shape, ctx.dtype, ctx.device = B, star, mask, h.shape, h.dtype, h.device
         return h.new_zeros(())
 
@@ -170,7 +172,7 @@ class Boundaries:
 
     @contextmanager
     def broadcast(
-        self, B: Sequence[Tensor | None], mask: Tensor | None = None, keep: bool = False
+        self, B: Sequence[Matrix | None], mask: Tensor | None = None, keep: bool = False
     ) -> Iterator[list[Forward]]:
         """Send dLoss/dy to every block at once, by the matrices B_1 .. B_{L-1}, each ``(n_l, n_y)``.
 
@@ -179,7 +181,8 @@ class Boundaries:
         (generation) is left alone; several forwards for one loss are a star each.
 
         Args:
-            B: the feedback matrices; None stands for an identity, and saves the product.
+            B: the feedback matrices; "identity" saves the product with one; None where a boundary is not to be cut, and
+                the gradient of the block after it flows through.
             mask: ``(batch, positions)``, nonzero where a position is not padding.
             keep: hand out h_l and y of each forward, where a backward leaves e in ``y.grad``; else the list is empty.
 
@@ -273,7 +276,7 @@ class _Mode:
 
 
 class _BroadcastMode(_Mode):
-    def __init__(self, boundaries: Boundaries, B: list[Tensor | None], mask: Tensor | None, keep: bool) -> None:
+    def __init__(self, boundaries: Boundaries, B: list[Matrix | None], mask: Tensor | None, keep: bool) -> None:
         self.layout, self.copied, self.B, self.mask = boundaries.layout, boundaries.copied, B, mask
         self.star = _Star(self.layout)  # of the forward under way
         self.keep, self.forwards = keep, list[Forward]()
@@ -293,8 +296,10 @@ class _BroadcastMode(_Mode):
                 self.forwards.append(Forward(self.layout))
             self.forwards[-1].h[index] = h.detach()
         self.waiting[index] = None
+        if (B := self.B[index]) is None:
+            return h.clone() if index in self.copied else h
         if h.requires_grad:
-            self.waiting[index] = _Receive.apply(h, self.B[index], self.star, self.mask)
+            self.waiting[index] = _Receive.apply(h, B, self.star, self.mask)
         elif any(p.requires_grad for p in block.parameters()):
             raise RuntimeError(
                 f"the output of block {index + 1} ({type(block).__name__}) carries no gradient although the block has "

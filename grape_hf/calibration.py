@@ -17,6 +17,11 @@ CalibrationStrategy = Literal["no", "epoch", "steps", "adaptive"]
 _SMOOTHING = 0.9
 
 
+def smooth(past: float | None, value: float) -> float:
+    """Return the moving average of an alignment after one more measurement; ``past`` is None before the first."""
+    return _SMOOTHING * (value if past is None else past) + (1 - _SMOOTHING) * value
+
+
 class CalibrationSchedule:
     """Answer, once per optimiser step, whether it is a calibration step.
 
@@ -82,8 +87,7 @@ class CalibrationSchedule:
     def observe(self, alignment: Tensor) -> None:
         """Take in the mean alignment of a step. Reads the tensor, a host-device sync, in the adaptive strategy only."""
         if self.strategy == "adaptive" and math.isfinite(value := float(alignment)):
-            past = value if self.smoothed is None else self.smoothed
-            self.smoothed = _SMOOTHING * past + (1 - _SMOOTHING) * value
+            self.smoothed = smooth(self.smoothed, value)
 
     def taken(self, step: int) -> None:
         """Remember that ``step`` was a calibration step."""

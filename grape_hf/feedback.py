@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grape_hf.boundaries import Forward
+from grape_hf.guard import FiniteGuard
 from grape_hf.jacobian import JacobianSum
 from grape_hf.layout import align_positions
 
@@ -74,7 +75,7 @@ def refine_cosine(B: Tensor, J_hat: Tensor, lr: float, eps: float = 1e-8) -> Ten
     return torch.addcmul(B * (1 - lr * cosine / B_length**2), T, lr / (B_length * T_length))
 
 
-def refine_ema(B: Tensor, J_hat: Tensor, lr: float) -> Tensor:
+def refine_ema(B: Tensor, J_hat: Tensor, lr: float | Tensor) -> Tensor:
     """Move B towards the estimate: (1 - lr) B + lr J_hat^T. B then estimates the mean Jacobian, magnitude included.
 
     Source: Bacho & Chu 2022 (FDFA).
@@ -156,16 +157,23 @@ class Feedback:
         rule: how ``refine`` learns.
         lr: eta_B; per column for ``cosine``.
         normalize: bring columns to unit length after each refinement, and at the start.
+        guard: keeps NaN and Inf out, and counts; one that never raises by default.
 
     Attributes:
         B: the matrices, replaced by each refinement.
     """
 
     def __init__(
-        self, B: Sequence[Tensor], rule: FeedbackRule = "lms", lr: float = 0.02, normalize: bool = False
+        self,
+        B: Sequence[Tensor],
+        rule: FeedbackRule = "lms",
+        lr: float = 0.02,
+        normalize: bool = False,
+        guard: FiniteGuard | None = None,
     ) -> None:
         self.B = [normalize_columns(b) for b in B] if normalize else list(B)
         self.rule, self.lr, self.normalize = rule, lr, normalize
+        self.guard = guard or FiniteGuard()
 
     def refine(self, estimate: JacobianSum) -> None:
         """Learn from the sums of one optimiser step; for ``lms`` they must be those of the residual (``B`` given)."""
@@ -175,10 +183,12 @@ class Feedback:
             width = sum(b.shape[0] for b in self.B)
             rates = [self.lr / (width / n).clamp(min=1) for n in estimate.tangents]
             refined = [refine_lms(*args) for args in zip(self.B, means, rates, strict=True)]
+        elif self.rule == "ema":
+            rates = [self.lr * (n > 0).to(b) for b, n in zip(self.B, estimate.counts, strict=True)]  # none from nothing
+            refined = [refine_ema(b, j.to(b), rate) for b, j, rate in zip(self.B, means, rates, strict=True)]
         else:
-            refine = refine_cosine if self.rule == "cosine" else refine_ema
-            refined = [refine(b, j_hat.to(b), self.lr) for b, j_hat in zip(self.B, means, strict=True)]
-        self.B = [normalize_columns(b) for b in refined] if self.normalize else refined
+            refined = [refine_cosine(b, j.to(b), self.lr) for b, j in zip(self.B, means, strict=True)]
+        self.take(refined)
 
     def jacobians(self, estimate: JacobianSum) -> list[Tensor]:
         """Return J_hat_l, ``(n_y, n_l)``: the means, plus what B predicted where the sums are of the residual."""
@@ -187,9 +197,11 @@ class Feedback:
 
     def refit(self, moments: Sequence[tuple[Tensor, Tensor]], ridge: float = 0.1) -> None:
         """Fit every B_l to exact deltas (``refit``, ``refit_moments``)."""
-        self.B = [refit(b, ee.to(b), ed.to(b), ridge) for b, (ee, ed) in zip(self.B, moments, strict=True)]
-        if self.normalize:
-            self.B = [normalize_columns(b) for b in self.B]
+        self.take([refit(b, ee.to(b), ed.to(b), ridge) for b, (ee, ed) in zip(self.B, moments, strict=True)])
+
+    def take(self, refined: list[Tensor]) -> None:
+        """Replace the matrices, unless a number in the new ones is NaN or Inf (``FiniteGuard``)."""
+        self.B = self.guard.admit(self.B, [normalize_columns(b) for b in refined] if self.normalize else refined)
 
     def save(self, path: Path, blocks: Sequence[str]) -> None:
         """Write the matrices to a safetensors file, with the names of the blocks that they end at."""

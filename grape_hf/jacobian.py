@@ -206,7 +206,7 @@ def jacobian_terms(
                 q = q - align_positions(t.v.to(q), q.shape[1]) @ B[index].to(q)
         for _, t in sorted(injected.items()):
             terms.sums.append(rank_one_sum(q.to(t.a.device), t.a))
-            terms.counts.append(_count(t.a, mask))
+            terms.counts.append(t.a.any(-1).count_nonzero())  # neither padding nor h_l = 0
             same = q.shape[1] == t.a.shape[1]
             terms.tangents.append(terms.counts[-1] if same else torch.tensor(len(q), device=t.a.device))
     return terms
@@ -270,12 +270,6 @@ def _float(value: Any, dtype: torch.dtype) -> Any:
 
 def _hidden(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
-
-
-def _count(a: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None and a.shape[:2] == mask.shape:
-        return mask.count_nonzero().to(a.device)
-    return torch.tensor(a.shape[0] * a.shape[1], device=a.device)
 
 
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 from grape_hf.alignment import delta_alignment, delta_products, exact_alignment, feedback_alignment
 from grape_hf.baselines import dkp
 from grape_hf.blocks import find_blocks, find_head
-from grape_hf.boundaries import Boundaries
+from grape_hf.boundaries import Boundaries, Matrix
 from grape_hf.calibration import CalibrationSchedule
 from grape_hf.feedback import Feedback, initial_feedback, refit_moments
+from grape_hf.guard import DriftGuard, FiniteGuard
 from grape_hf.isolation import isolated
 from grape_hf.jacobian import ForwardModeError, JacobianSum, JvpMode, Noise, jacobian_terms
 from grape_hf.layout import Layout
@@ -46,6 +48,8 @@ class GrapeRun:
         options: GrAPE's options.
         seed: seed of the estimates, of a gaussian start and of the calibration schedule.
         ranks: the processes that train this model together, each on its share of the batch.
+        restartable: keep what a step started from until the next one, so that a ``save`` in the middle of a step
+            writes that; takes the memory of B_l a second time.
 
     Attributes:
         sharded: whether FSDP2 shards the model, so that every rank must take part in each forward.
@@ -54,9 +58,16 @@ class GrapeRun:
         ValueError: if no blocks are found, or an option does not suit the model.
     """
 
-    def __init__(self, model: nn.Module, options: GrapeArgumentsMixin, seed: int = 0, ranks: Ranks = ALONE) -> None:
-        self.model, self.options, self.seed, self.ranks = model, options, seed, ranks
-        self.sharded = is_sharded(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        options: GrapeArgumentsMixin,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+        restartable: bool = False,
+    ) -> None:
+        self.model, self.options, self.seed = model, options, seed
+        self.ranks, self.restartable, self.sharded = ranks, restartable, is_sharded(model)
         named = feedback_blocks(find_blocks(model, options.blocks), options.blocks_per_feedback)
         self.block_names, self.blocks = list(named)[:-1], list(named.values())
         if options.feedback_space == "logits":
@@ -92,8 +103,13 @@ class GrapeRun:
         options = self.options
         # Each rank has looked at samples of its own.
         B = self.ranks.first(self._initial_feedback(space, shapes, forward))
-        self.feedback = Feedback(B, options.feedback_rule or "lms", options.feedback_lr or 0.0, self._normalize())
-        self._frozen_identity = self._find_frozen_identity()
+        finite = FiniteGuard(options.max_skipped_refinements)
+        rate = options.feedback_lr or 0.0
+        self.feedback = Feedback(B, options.feedback_rule or "lms", rate, self._normalize(), finite)
+        self.drift = DriftGuard(
+            options.fallback, options.fallback_threshold, options.fallback_patience, self.block_names
+        )
+        self._frozen_identity = self._is_frozen_identity()
         self.jvp_mode = self._jvp_mode()
         self.spaces = [
             "weight" if self._in_weight_space(block, h.shape[-1]) else "activation"
@@ -117,7 +133,9 @@ class GrapeRun:
         """Say which optimiser step the coming micro-batch belongs to; decides what kind of step it is, once."""
         if step == self.current_step:
             return
-        self.current_step, self.calibrating = step, self.schedule.due(step)
+        self.current_step, self.calibrating = step, self.schedule.due(step) and not self.drift.everywhere
+        if self.restartable:
+            self._start = self.feedback.B, self._state()
         self._estimate = JacobianSum()
         self._products: Tensor | None = None
         self._moments: list[tuple[Tensor, Tensor]] = []
@@ -132,14 +150,15 @@ class GrapeRun:
     def estimating(self) -> bool:
         """Whether an estimate is to be made in this step."""
         assert self.current_step is not None
-        learned = self.options.method in ESTIMATING
+        learned = self.options.method in ESTIMATING and not self.drift.everywhere
         return learned and not self.calibrating and self.current_step % (self.options.jvp_every or 1) == 0
 
     @property
     def measuring(self) -> bool:
         """Whether the exact alignment is to be measured on the side in this step."""
         every = self.options.alignment_steps
-        return bool(every) and not self.calibrating and self.current_step % every == 0  # type: ignore[operator]
+        wanted = bool(every) and not self.calibrating and not self.drift.everywhere
+        return wanted and self.current_step % every == 0  # type: ignore[operator]
 
     def sampled(self, places: Sequence[int]) -> list[int]:
         """Return which samples of a micro-batch the estimate is made on, given their places in the global batch.
@@ -199,12 +218,19 @@ class GrapeRun:
         Args:
             mask: ``(batch, positions)``, nonzero where a position is not padding.
         """
+        if self.drift.everywhere:
+            yield
+            return
         learns_in_place = self.options.method == "dkp"
+        B: list[Matrix | None] = [
+            None if not self.drift.cuts(i) else "identity" if self._frozen_identity else b
+            for i, b in enumerate(self.feedback.B)
+        ]
         if not self.calibrating and not learns_in_place:
-            with self.boundaries.broadcast(self._frozen_identity or self.feedback.B, mask):
+            with self.boundaries.broadcast(B, mask):
                 yield
             return
-        star = self.boundaries.broadcast(self.feedback.B, mask, keep=True)
+        star = self.boundaries.broadcast(B, mask, keep=True)
         with self.boundaries.record() if self.calibrating else star as forwards:
             yield
         if learns_in_place:
@@ -247,7 +273,7 @@ class GrapeRun:
         if self._weight_gradients:
             means = [g / self.ranks.count for g in self.ranks.total(self._weight_gradients)]  # as of all gradients
             eta = rate * (self.options.feedback_lr or 0.0)
-            self.feedback.B = [dkp.refine(b, g, eta, decay) for b, g in zip(self.feedback.B, means, strict=True)]
+            self.feedback.take([dkp.refine(b, g, eta, decay) for b, g in zip(self.feedback.B, means, strict=True)])
         if self._products is not None:
             self._log_alignment("exact", delta_alignment(*self.ranks.total([self._products])))
         if self._moments:
@@ -259,39 +285,64 @@ class GrapeRun:
             self.metrics["calibration/last_step"] = self.current_step + 1
         self.metrics["calibration/steps"] = self.schedule.count
         self.metrics["calibration/share"] = self.schedule.count / (self.current_step + 1)
+        if self.drift.mode != "no":
+            self.metrics["fallback/blocks"] = self.drift.uncut
 
     def read_metrics(self) -> dict[str, float]:
         """Return what there is to log, with a single transfer from the device.
 
         The alignment with the estimate is the last one made; the exact alignment is there if it was measured since the
         last call.
-        """
-        tensors = {name: value for name, value in self.metrics.items() if isinstance(value, Tensor)}
-        values = torch.stack([t.float() for t in tensors.values()]).tolist() if tensors else []
-        read = {name: value for name, value in self.metrics.items() if not isinstance(value, Tensor)}
-        self.metrics = {name: value for name, value in self.metrics.items() if not name.startswith("alignment/exact")}
-        return read | dict(zip(tensors, values, strict=True))
 
-    def save(self, folder: Path) -> None:
-        """Write B_l and the schedule's state to ``folder``; the random draws are functions of seed and step."""
-        self.feedback.save(folder / FEEDBACK_NAME, self.block_names)
-        state = {"schedule": self.schedule.state_dict(), "jvp_mode": self.jvp_mode, "seed": self.seed}
-        (folder / STATE_NAME).write_text(json.dumps(state, indent=2))
+        Raises:
+            FloatingPointError: if too many refinements in a row were skipped (``max_skipped_refinements``).
+        """
+        metrics = self.metrics | self.feedback.guard.metrics()
+        tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+        values = torch.stack([t.float() for t in tensors.values()]).tolist() if tensors else []
+        read = {name: value for name, value in metrics.items() if not isinstance(value, Tensor)}
+        self.metrics = {name: value for name, value in self.metrics.items() if not name.startswith("alignment/exact")}
+        read |= dict(zip(tensors, values, strict=True))
+        self.feedback.guard.check(read)
+        return read
+
+    def save(self, folder: Path, finished: bool = True) -> None:
+        """Write B_l and what else a resumed run has to know to ``folder``; random draws are functions of seed and step.
+
+        Args:
+            folder: the checkpoint.
+            finished: False between ``finish_step`` and the update of the weights: a resumed run will do the whole step
+                again, so with ``restartable`` what it started from is written.
+        """
+        B, state = self._start if self.restartable and not finished else (self.feedback.B, self._state())
+        Feedback(B).save(folder / FEEDBACK_NAME, self.block_names)
+        (folder / STATE_NAME).write_text(json.dumps(state, indent=2, default=Tensor.tolist))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "schedule": self.schedule.state_dict(),
+            "jvp_mode": self.jvp_mode,
+            "seed": self.seed,
+            "skipped": self.feedback.guard.state_dict(),
+            "drift": self.drift.state_dict(),
+        }
 
     def load(self, folder: Path) -> None:
         """Read them back; see ``Feedback.load`` for what is refused."""
         self.feedback.load(folder / FEEDBACK_NAME, self.block_names)
         self.feedback.B = self.ranks.first(self.feedback.B)  # each rank has read a file of its own
-        self._frozen_identity = self._find_frozen_identity()
+        self._frozen_identity = self._is_frozen_identity()
         path = folder / STATE_NAME
         try:
             state = json.loads(path.read_text())
             self.schedule.load_state_dict(state["schedule"])
             self.jvp_mode = state["jvp_mode"]
+            self.feedback.guard.load_state_dict(state["skipped"], self.feedback.B[0].device)
+            self.drift.load_state_dict(state["drift"])
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
-                f"cannot read the calibration schedule in {path}: {error!r}. The checkpoint is incomplete: resume from "
-                "another one that GrapeTrainer wrote."
+                f"cannot read the state of the calibration schedule in {path}: {error!r}. The checkpoint is "
+                "incomplete: resume from another one that GrapeTrainer wrote."
             ) from error
 
     @property
@@ -362,13 +413,12 @@ class GrapeRun:
             "limit."
         )
 
-    def _find_frozen_identity(self) -> list[None] | None:
-        """Identities that no step changes, as ``broadcast`` takes them: the product with one can be left out."""
+    def _is_frozen_identity(self) -> bool:
+        """Whether all B_l are identities and stay so: the products with them can be left out."""
         options, B = self.options, self.feedback.B
         if options.method != "dfa" or (options.calibration_refit and options.calibration_strategy != "no"):
-            return None
-        square = all(b.shape[0] == b.shape[1] and torch.equal(b, torch.eye(len(b)).to(b)) for b in B)
-        return [None] * len(B) if square else None
+            return False
+        return all(b.shape[0] == b.shape[1] and torch.equal(b, torch.eye(len(b)).to(b)) for b in B)
 
     def _normalize(self) -> bool:
         return bool(self.options.feedback_normalize) and self.options.method in ESTIMATING
@@ -394,9 +444,11 @@ class GrapeRun:
     def _log_alignment(self, kind: str, cosines: Tensor) -> None:
         (cosines,) = self.ranks.first([cosines])  # all ranks calibrate at the same steps
         mean = cosines.nanmean()  # NaN at a boundary before which nothing is trained
-        # The adaptive schedule watches one of the two: the exact one where it is measured regularly.
+        # The adaptive schedule and the guard watch one of the two: the exact one where it is measured regularly.
         if kind == ("exact" if self.options.alignment_steps else "estimate"):
             self.schedule.observe(mean)
+            assert self.current_step is not None
+            self.drift.observe(self.current_step, cosines)
         self.metrics[f"alignment/{kind}/mean"] = mean
         self.metrics |= {f"alignment/{kind}/h_{i}": c for i, c in enumerate(cosines, 1)}
 

@@ -8,7 +8,9 @@ Trainer has to say to it: which step, which samples, which padding, where checkp
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,14 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from grape_hf.baselines import BASELINES, make_baseline
 from grape_hf.baselines.base import Baseline, MicroBatch
+from grape_hf.checkpoints import checkpoint_to_resume, complete_save
 from grape_hf.parallelism import refuse_parallelism
 from grape_hf.ranks import Ranks
-from grape_hf.run import GrapeRun, calibration_schedule
+from grape_hf.run import FEEDBACK_NAME, STATE_NAME, GrapeRun, calibration_schedule
 from grape_hf.training_args import GrapeArgumentsMixin
 
 logger = logging.getLogger(__name__)
@@ -134,7 +137,9 @@ class GrapeMixin(_Base):
         """Make a run of the star; of another method make the baseline, and return None."""
         self._baseline = make_baseline(self.model, self.grape_options, self.args.seed)
         ranks = Ranks(self.accelerator.num_processes)
-        return None if self._baseline else GrapeRun(self.model, self.grape_options, self.args.seed, ranks)
+        # A checkpoint on SIGTERM is mostly made in the middle of a step (trainer_jit_checkpoint.py).
+        restartable = bool(getattr(self.args, "enable_jit_checkpoint", False))
+        return None if self._baseline else GrapeRun(self.model, self.grape_options, self.args.seed, ranks, restartable)
 
     def _start(self, run: GrapeRun, inputs: dict[str, Any]) -> None:
         batch = find_batch_size(inputs) or 1
@@ -142,8 +147,15 @@ class GrapeMixin(_Base):
         number = min(batch, 32 if self.grape_options.feedback_init == "identity" else 1)
         samples = self._prepare_inputs(take_samples(inputs, list(range(number)), batch))
         run.start(lambda: self._loss(samples), self._steps_per_epoch)
-        if self._resumed_from is not None:
+        if self._resumed_from is None:
+            return
+        if any((self._resumed_from / name).exists() for name in (FEEDBACK_NAME, STATE_NAME)):
             run.load(self._resumed_from)
+        else:
+            logger.warning(
+                f"GrAPE: no feedback matrices in {self._resumed_from}, which is of a stock Trainer, of another method "
+                "or holds the model only. B_l and the calibration schedule start afresh."
+            )
 
     def _padding_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
         mask = inputs.get("attention_mask")
@@ -173,10 +185,32 @@ class GrapeMixin(_Base):
             logs.update(self._run.read_metrics())
         super().log(logs, *args, **kwargs)
 
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; with ``resume_from_checkpoint=True`` from the last complete checkpoint (``checkpoints.py``)."""
+        return super().train(checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        discard = bool(self.args.save_total_limit)
+        with complete_save(folder, self.state, discard) if self.args.should_save else nullcontext():
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The last file of every rank but the first: then the first may declare the checkpoint complete.
+        self.accelerator.wait_for_everyone()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._run is not None and self._run.started and self.args.should_save:
-            self._run.save(Path(output_dir))
+        if not self.args.should_save or self.grape_options.method in ("bp", *BASELINES):
+            return
+        if self._run is not None and self._run.started:
+            self._run.save(Path(output_dir), finished=self.state.global_step != self._run.current_step)
+        elif self._resumed_from is not None and self._resumed_from.resolve() != Path(output_dir).resolve():
+            # On SIGTERM, before the first step: what the run resumed from is what it has.
+            for name in (FEEDBACK_NAME, STATE_NAME):
+                if (self._resumed_from / name).exists():
+                    shutil.copy(self._resumed_from / name, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

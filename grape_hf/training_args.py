@@ -195,6 +195,37 @@ class GrapeArgumentsMixin:
         },
     )
 
+    max_skipped_refinements: int = field(
+        default=100,
+        metadata={
+            "help": "Stop with an error when so many refinements of B_l in a row were skipped for NaN or Inf in the "
+            "error or the estimate (looked at when the loss is logged); 0: go on for ever. Not in the paper."
+        },
+    )
+    fallback: Literal["no", "block", "bp"] = field(
+        default="no",
+        metadata={
+            "help": "What to do where the alignment stays below fallback_threshold: nothing (`no`); give up the "
+            "feedback of that `block`, which then gets its gradient from the block after it; or, by the mean "
+            "alignment, go on with ordinary backpropagation (`bp`). For the rest of the run, with a warning. Not in "
+            "the paper."
+        },
+    )
+    fallback_threshold: float = field(
+        default=0.0,
+        metadata={
+            "help": "The smoothed cosine for `fallback`, of what calibration_threshold looks at. At 0 the feedback "
+            "points away from the gradient. Not in the paper."
+        },
+    )
+    fallback_patience: int = field(
+        default=10,
+        metadata={
+            "help": "How many measurements in a row the smoothed cosine has to be below fallback_threshold. Not in "
+            "the paper."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Fill in the preset, refuse what cannot work, and go on with the arguments mixed with."""
         self._check_choices()
@@ -226,6 +257,9 @@ class GrapeArgumentsMixin:
             "calibration_threshold": (float, -1, 1),
             "calibration_cooldown": (int, 1, float("inf")),
             "alignment_steps": (int, 0, float("inf")),
+            "max_skipped_refinements": (int, 0, float("inf")),
+            "fallback_threshold": (float, -1, 1),
+            "fallback_patience": (int, 1, float("inf")),
         }
         for name, (kind, low, high) in ranges.items():
             value = getattr(self, name)
@@ -265,22 +299,25 @@ class GrapeArgumentsMixin:
                 'calibration_strategy="steps" counts optimiser steps: expected a whole calibration_interval, got '
                 f"{self.calibration_interval}."
             )
-        if self.calibration_strategy == "adaptive" and self.method not in ESTIMATING and not self.alignment_steps:
-            raise ValueError(
-                f'calibration_strategy="adaptive" watches the alignment, and method="{self.method}" makes no estimate '
-                "of it. Set alignment_steps to measure the exact one, or use another strategy."
-            )
+        watching = {"calibration_strategy": "adaptive", "fallback": self.fallback if self.fallback != "no" else None}
+        for name, value in watching.items():
+            if getattr(self, name) == value and self.method not in ESTIMATING and not self.alignment_steps:
+                raise ValueError(
+                    f'{name}="{value}" watches the alignment, and method="{self.method}" makes no estimate of it. Set '
+                    f"alignment_steps to measure the exact one, or use another {name.removeprefix('calibration_')}."
+                )
         if self.calibration_refit and self.calibration_strategy == "no":
             raise ValueError(
                 "calibration_refit=True fits B_l at calibration steps, and there are none: set calibration_strategy."
             )
 
     def _check_baseline(self) -> None:
-        if self.calibration_strategy != "no" or self.calibration_refit or self.alignment_steps:
+        found = self.calibration_strategy, self.calibration_refit, self.alignment_steps, self.fallback
+        if found != ("no", False, 0, "no"):
             raise ValueError(
                 f'method="{self.method}" has no feedback matrices to calibrate or measure: expected '
-                'calibration_strategy="no", calibration_refit=False and alignment_steps=0, got '
-                f"{self.calibration_strategy!r}, {self.calibration_refit} and {self.alignment_steps}. Leave them out."
+                'calibration_strategy="no", calibration_refit=False, alignment_steps=0 and fallback="no", got '
+                f"{found[0]!r}, {found[1]}, {found[2]} and {found[3]!r}. Leave them out."
             )
         if self.method == "forward_gradient" and self.perturbation_space == "auto":
             raise ValueError(

@@ -1,15 +1,22 @@
-"""Checkpoints hold B_l and the schedule: to stop and resume is not to have stopped."""
+"""Checkpoints hold B_l and the schedule: to stop, or to be killed, and resume is not to have stopped."""
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import LEARNED, assert_same, count_hooks, differ, logged, make_trainer, train, weights
-from problems import DROPOUT, GPT2, NOISY, PLAIN, PlainLanguageModel, Problem
+from killed import KILLED_AT, RUN
+from problems import DROPOUT, GPT2, NOISY, PLAIN, WIDTH, PlainLanguageModel, Problem
+from test_checkpoints import run_killed
+from test_trainer import CHECKPOINTING
 from transformers import Trainer
+
+from grape_hf.feedback import Feedback
+from grape_hf.run import FEEDBACK_NAME, STATE_NAME
 
 CALIBRATED = LEARNED | {"calibration_refit": True}
 RUNS = {
@@ -17,9 +24,6 @@ RUNS = {
     "grape": LEARNED,
     "paper": {"grape_preset": "paper", "feedback_space": "hidden", "perturbation_space": "activation"},
     "dfa-gaussian": {"method": "dfa", "feedback_init": "gaussian"},
-    "epoch-refit": CALIBRATED | {"calibration_strategy": "epoch", "calibration_interval": 0.5},
-    "adaptive": CALIBRATED
-    | {"calibration_strategy": "adaptive", "calibration_threshold": 0.95, "calibration_cooldown": 4},
     "measured": LEARNED | {"alignment_steps": 3},
     "accumulation": LEARNED | {"gradient_accumulation_steps": 2, "jvp_fraction": 0.25},
     "bp": {"method": "bp"},
@@ -36,13 +40,12 @@ def stopped(problem: Problem, folder: Path, at: int = 10, **options: Any) -> str
     return checkpoint(folder, at)
 
 
-@pytest.mark.parametrize("at", [10, 15], ids=["at-10", "at-15"])
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
-def test_10_steps_and_10_more_are_20(options, at, tmp_path):
+def test_15_steps_and_5_more_are_20(options, tmp_path):
     """Epochs have 6 steps, so the run resumes in the middle of one; a new process knows nothing of the old one."""
     run = dict(samples=24, max_steps=20) | options
     straight = train(DROPOUT, tmp_path / "straight", save_strategy="steps", save_steps=5, **run)
-    resumed = train(DROPOUT, tmp_path / "resumed", resume=checkpoint(tmp_path / "straight", at), **run)
+    resumed = train(DROPOUT, tmp_path / "resumed", resume=checkpoint(tmp_path / "straight", 15), **run)
     assert_same(weights(resumed), weights(straight))
     names = {name for entry in straight.state.log_history[:-1] for name in entry}
     assert {"loss", "grad_norm"} < names
@@ -53,6 +56,45 @@ def test_10_steps_and_10_more_are_20(options, at, tmp_path):
         else:
             assert logged(resumed, name) == logged(straight, name), name
     assert differ(weights(make_trainer(DROPOUT, tmp_path)), weights(straight))
+
+
+KILLED = {
+    "no": LEARNED | {"save_total_limit": 1},
+    "epoch": CALIBRATED | {"calibration_strategy": "epoch", "calibration_interval": 0.5},
+    "steps": CALIBRATED | {"calibration_strategy": "steps", "calibration_interval": 4},
+    "adaptive": CALIBRATED
+    | {"calibration_strategy": "adaptive", "calibration_threshold": 0.985, "calibration_cooldown": 4},
+    "fallen-back": LEARNED | {"fallback": "block", "fallback_threshold": 0.97, "fallback_patience": 3},
+    "falling-back": LEARNED | {"fallback": "bp", "fallback_threshold": 0.99, "fallback_patience": 25},
+    "checkpointing": LEARNED | {CHECKPOINTING: True},
+}
+
+
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory):
+    """A folder for each run of ``KILLED``: a process of its own was killed in the middle of its save at step 30."""
+    folder = tmp_path_factory.mktemp("killed")
+    assert run_killed("runs", folder, runs=KILLED) == [-signal.SIGKILL] * len(KILLED)
+    return folder
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_killed_in_the_middle_of_a_save_nothing_is_lost(name, killed_runs, tmp_path, caplog):
+    """40 steps are 20 and, after a SIGKILL, 20 more. Parameters, B_l and all that is logged, bit for bit."""
+    options = RUN | KILLED[name]
+    folder = killed_runs / name
+    assert (folder / f"checkpoint-{KILLED_AT}" / "optimizer.pt").exists()
+    resumed = train(DROPOUT, folder, resume=True, **options)
+    assert f"not resuming from {folder}/checkpoint-30, which is incomplete: trainer_state.json" in caplog.text
+    straight = train(DROPOUT, tmp_path, **options)
+    assert_same(weights(resumed), weights(straight))
+    for log in ("loss", "grad_norm", "learning_rate", "calibration/steps", "fallback/blocks"):
+        assert logged(resumed, log) == logged(straight, log)
+    if "calibration_strategy" in options:
+        assert 0 < logged(straight, "calibration/steps")[19][1] < logged(straight, "calibration/steps")[-1][1]
+    if "fallback" in options:
+        given_up = [number for _, number in logged(straight, "fallback/blocks")]
+        assert (given_up[19], given_up[-1]) == {"fallen-back": (1, 1), "falling-back": (0, 2)}[name]
 
 
 def test_buffers_and_batch_norms_resume_too(tmp_path):
@@ -114,6 +156,30 @@ def test_bp_resumes_from_the_stock_trainer(tmp_path):
     assert_same(weights(train(GPT2, tmp_path / "bp", max_steps=20, method="bp", resume=saved)), weights(stock))
 
 
+def test_a_checkpoint_of_a_stock_trainer_goes_on_with_fresh_feedback(tmp_path, caplog):
+    """It is said, and B_l start as in any new run: the run equals one from a checkpoint with such B_l in it."""
+    train(GPT2, tmp_path / "stock", Trainer, max_steps=10, save_strategy="steps", save_steps=10)
+    stock = Path(checkpoint(tmp_path / "stock", 10))
+    resumed = train(GPT2, tmp_path / "resumed", max_steps=20, resume=str(stock), **LEARNED)
+    assert f"no feedback matrices in {stock}" in caplog.text
+    assert "start afresh" in caplog.text
+    forged = Path(shutil.copytree(stock, tmp_path / "checkpoint-10"))
+    Feedback([torch.eye(WIDTH), torch.eye(WIDTH)]).save(forged / FEEDBACK_NAME, ["transformer.h.0", "transformer.h.1"])
+    fresh = {"smoothed": None, "last_step": None, "count": 0}
+    (forged / STATE_NAME).write_text(json.dumps({"schedule": fresh, "jvp_mode": "dual", "seed": 42}))
+    caplog.clear()
+    again = train(GPT2, tmp_path / "again", max_steps=20, resume=str(forged), **LEARNED)
+    assert "afresh" not in caplog.text
+    assert_same(weights(resumed), weights(again))
+
+
+def test_a_checkpoint_with_the_model_only_goes_on_with_fresh_feedback(tmp_path, caplog):
+    saved = stopped(GPT2, tmp_path / "straight", save_only_model=True, **LEARNED)
+    resumed = train(GPT2, tmp_path / "resumed", max_steps=20, resume=saved, **LEARNED)
+    assert "holds the model only" in caplog.text
+    assert resumed.state.global_step == 20
+
+
 DEEP = Problem("five-blocks", lambda: PlainLanguageModel(blocks=5), PLAIN.draw)
 
 
@@ -123,9 +189,10 @@ def refused(folder: Path, saved: str, **options: Any) -> None:
     try:
         trainer.train(resume_from_checkpoint=saved)
     finally:
-        assert trainer.state.global_step == 10
+        assert trainer.state.global_step in (0, 10)  # before or after the checkpoint's weights were loaded
         kept = DEEP.model()
-        kept.load_state_dict(torch_weights(saved))
+        if trainer.state.global_step:
+            kept.load_state_dict(torch_weights(saved))
         assert_same(dict(trainer.model.named_parameters()), dict(kept.named_parameters()))
         assert count_hooks(trainer.model) == 0
 
@@ -136,18 +203,12 @@ def torch_weights(saved: str) -> dict[str, torch.Tensor]:
     return load_file(Path(saved) / "model.safetensors")
 
 
-def test_a_checkpoint_of_a_stock_trainer_is_refused(tmp_path):
-    train(DEEP, tmp_path / "stock", Trainer, max_steps=10, save_strategy="steps", save_steps=10)
-    with pytest.raises(FileNotFoundError, match=r"no feedback matrices at .*checkpoint-10.*stock Trainer.*Resume from"):
-        refused(tmp_path, checkpoint(tmp_path / "stock", 10), **LEARNED)
-
-
 @pytest.mark.parametrize("size", [0, 5, 100, -1], ids=["empty", "5-bytes", "100-bytes", "last-byte-missing"])
 def test_a_truncated_feedback_file_is_refused(size, tmp_path):
     saved = stopped(DEEP, tmp_path / "straight", max_steps=10, **LEARNED)
     file = Path(saved) / "grape_feedback.safetensors"
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"cannot read the feedback matrices in .*grape_feedback.safetensors"):
+    with pytest.raises(ValueError, match=r"incomplete: grape_feedback.safetensors has [\d,]+ bytes of"):
         refused(tmp_path / "resumed", saved, **LEARNED)
 
 
@@ -159,7 +220,8 @@ def test_a_broken_state_file_is_refused(content, tmp_path):
         file.unlink()
     else:
         file.write_text(content)
-    with pytest.raises(ValueError, match=r"calibration schedule in .*grape_state.json.*resume from another"):
+    says = r"grape_state.json is (missing|cut off)|calibration schedule in .*grape_state.json.*resume from another"
+    with pytest.raises(ValueError, match=says):
         refused(tmp_path / "resumed", saved, **LEARNED)
 
 
@@ -171,7 +233,26 @@ def test_a_broken_state_file_is_refused(content, tmp_path):
         pytest.param({"feedback_space": "logits", "feedback_init": "gaussian"}, id="other-space"),
     ],
 )
-def test_feedback_of_another_grouping_is_refused(other, tmp_path):
+def test_feedback_of_another_grouping_or_model_is_refused(other, tmp_path):
     saved = stopped(DEEP, tmp_path / "straight", max_steps=10, **LEARNED)
     with pytest.raises(ValueError, match=r"another model or grouping: expected matrices .*, found .*Resume with"):
         refused(tmp_path / "resumed", saved, **LEARNED | other)
+
+
+def test_one_of_two_ranks_is_killed_in_a_save(tmp_path):
+    """The first rank must not call a checkpoint complete that lacks the second's file; both go on from the last."""
+    first, other, *rest = run_killed("ranks", tmp_path)
+    assert first == -signal.SIGKILL
+    assert other != 0
+    assert rest == [0] * 4
+    saved = {
+        f"{run}-{rank}": torch.load(tmp_path / f"{run}-{rank}.pt")
+        for run in ("resumed", "straight")
+        for rank in range(2)
+    }
+    learned, losses = saved["straight-0"]
+    assert {"B_1", "B_2"} < learned.keys()
+    for name, (also_learned, also_logged) in saved.items():
+        assert_same(also_learned, learned)
+        assert also_logged == losses or name.endswith("1"), name  # the second rank logs nothing
+    assert len(losses) == 40

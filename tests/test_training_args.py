@@ -34,6 +34,9 @@ NUMBERS = {
     "calibration_threshold": (float, [-1.5, 2]),
     "calibration_cooldown": (int, [0]),
     "alignment_steps": (int, [-1, 0.5]),
+    "max_skipped_refinements": (int, [-1, 0.5]),
+    "fallback_threshold": (float, [-1.5, 2]),
+    "fallback_patience": (int, [0]),
 }
 
 
