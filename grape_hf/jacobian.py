@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from grape_hf.boundaries import Boundaries
+from grape_hf.boundaries import Boundaries, own_mask
 from grape_hf.layout import Layout, align_positions
 
 JvpMode = Literal["dual", "finite_difference"]
@@ -110,7 +110,7 @@ class JacobianSum:
         return [s / n.clamp(min=1) for s, n in zip(self.sums, self.counts, strict=True)]
 
 
-def rank_one_sum(q: Tensor, a: Tensor) -> Tensor:
+def rank_one_sum(q: Tensor, a: Tensor, pooled: bool = False) -> Tensor:
     r"""Sum the rank-one terms :math:`q_i a_i^\top` over samples and positions.
 
     The sum is taken in float32 at least: in bf16 a long sum loses its small terms. Where y has other positions than
@@ -119,6 +119,7 @@ def rank_one_sum(q: Tensor, a: Tensor) -> Tensor:
     Args:
         q: tangent of y, ``(batch, positions, n_y)``, in units of y.
         a: ``(batch, positions, n_l)``, in inverse units of h_l; for ``p ~ N(0, I)`` injected as it is, ``a = p``.
+        pooled: whether the positions of the two are others, even if there are as many.
 
     Returns:
         ``(n_y, n_l)``, in units of y per unit of h_l.
@@ -135,7 +136,7 @@ def rank_one_sum(q: Tensor, a: Tensor) -> Tensor:
         )
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, a = q.to(dtype), a.to(dtype)
-    if q.shape[1] != a.shape[1]:
+    if pooled or q.shape[1] != a.shape[1]:
         q, a = q.mean(1, keepdim=True), a.sum(1, keepdim=True)
     return q.flatten(0, 1).mT @ a.flatten(0, 1)
 
@@ -193,8 +194,9 @@ def jacobian_terms(
                     v, a = _weight_tangent(h, block, args, kwargs, noise.weights(index, block), mode, layout)
             else:
                 v, a = _activation_tangent(h, noise, index, layout)
-            if mask is not None and v.shape[:2] == mask.shape:
-                v, a = (t * mask.to(t)[..., None] for t in (v, a))
+            padding = own_mask(mask, index, boundaries.pooled)
+            if padding is not None and v.shape[:2] == padding.shape:
+                v, a = (t * padding.to(t)[..., None] for t in (v, a))
             injected[index] = _Injected(v, a)  # noqa: B023
             return layout.restore(v, h.shape)
 
@@ -202,11 +204,12 @@ def jacobian_terms(
         if B is not None:
             q = q.to(torch.promote_types(q.dtype, torch.float32))
             for index, t in injected.items():
-                q = q - align_positions(t.v.to(q), q.shape[1]) @ B[index].to(q)
-        for _, t in sorted(injected.items()):
-            terms.sums.append(rank_one_sum(q.to(t.a.device), t.a))
-            terms.counts.append(_count(t.a, mask))
-            same = q.shape[1] == t.a.shape[1]
+                q = q - align_positions(t.v.to(q), q.shape[1], index in boundaries.pooled) @ B[index].to(q)
+        for index, t in sorted(injected.items()):
+            pooled = index in boundaries.pooled
+            terms.sums.append(rank_one_sum(q.to(t.a.device), t.a, pooled))
+            terms.counts.append(_count(t.a, own_mask(mask, index, boundaries.pooled)))
+            same = q.shape[1] == t.a.shape[1] and not pooled
             terms.tangents.append(terms.counts[-1] if same else torch.tensor(len(q), device=t.a.device))
     return terms
 
@@ -325,7 +328,7 @@ def _dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Calla
                     forward()
             except (RuntimeError, NotImplementedError) as error:
                 if isinstance(error, NotImplementedError) or "forward AD" in str(error) or "jvp" in str(error):
-                    raise ForwardModeError(str(error)) from error
+                    raise ForwardModeError(str(error).partition("\n")[0]) from error
                 raise
             assert passed.y is not None
             q = forward_ad.unpack_dual(passed.y).tangent
