@@ -286,7 +286,17 @@ _LINEAR: dict[Callable[..., Any], tuple[int | None, Callable[..., Any]]] = {
     F.linear: (2, lambda x, weight, bias=None: F.linear(x, weight)),
     torch.addmm: (0, lambda bias, x, weight: torch.mm(x, weight)),
     **{product: (None, product) for product in _PRODUCTS},
+    # The experts of a mixture. torch has no forward-mode rule for it, and finite differences are poor where a router
+    # chooses: a token that goes to another expert makes a jump, which is then divided by 1e-4.
+    torch._grouped_mm: (
+        3,
+        lambda x, weight, offs=None, bias=None, out_dtype=None: _grouped(x, weight, offs, out_dtype),
+    ),
 }
+
+
+def _grouped(x: Tensor, weight: Tensor, offs: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
+    return torch._grouped_mm(x, weight, offs=offs, out_dtype=out_dtype)
 
 
 class _ConstantFactors(TorchFunctionMode):
@@ -297,16 +307,17 @@ class _ConstantFactors(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func not in _LINEAR or kwargs:
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func not in _LINEAR or (kwargs and func is not torch._grouped_mm):
+            return func(*args, **kwargs)
         unpacked = {i: forward_ad.unpack_dual(a) for i, a in enumerate(args) if isinstance(a, Tensor)}
         dual = [i for i, pair in unpacked.items() if pair.tangent is not None]
         bias, product = _LINEAR[func]
         if len(dual) != 1 or dual == [bias]:
-            return func(*args)
+            return func(*args, **kwargs)
         (i,) = dual
         value, tangent = ((*args[:i], part, *args[i + 1 :]) for part in unpacked[i])
-        return forward_ad.make_dual(func(*value), product(*tangent))
+        return forward_ad.make_dual(func(*value, **kwargs), product(*tangent, **kwargs))
 
 
 def _dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callable[[Inject], Tensor]:

@@ -74,10 +74,12 @@ def probe(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object
     assert seen.y is not None
     if batches != {len(seen.y)}:
         raise RuntimeError(
-            f"expected the batch as the first dimension of every block's output and of y, which has {len(seen.y)}; found "
+            f"expected the batch as the first dimension of every block's output, as it is at y ({len(seen.y)}), found "
             f"{sorted(batches)}. Blocks that stack several streams of activations, or fold positions into the batch, "
             "cannot get direct feedback: name others with the option `blocks`."
         )
+    if seen.y.requires_grad and passed_on:
+        _check_chain(boundaries, len(boundaries), seen.y, [leaf for leaf, _ in passed_on])
     boundaries.copied = {index for index, (_, given) in enumerate(passed_on) if given._version > 0}
     return Probe(vectors, boundaries.layout.vectors(seen.y).shape[-1])
 
@@ -89,8 +91,10 @@ def _check_chain(boundaries: Boundaries, index: int, h: Tensor, leaves: list[Ten
     allowed = {index - 1, encoder} if index > encoder else {index - 1}
     if index - 1 not in used or not allowed.issuperset(used):
         names = ", ".join(f"h_{i + 1}" for i in used) or "none of them"
+        block = type(boundaries.blocks[index]).__name__
+        what = f"block {index + 1} ({block})" if index < len(boundaries) else f"the output y, of {block} or the head,"
         raise RuntimeError(
-            f"block {index + 1} ({type(boundaries.blocks[index]).__name__}) was expected to work on h_{index}, the "
+            f"{what} was expected to work on h_{index}, the "
             f"output of block {index}, and on no other block's; it works on {names}. Direct feedback needs a chain of "
             "blocks: name others with the option `blocks`, a whole group of blocks that share their inputs as one."
         )

@@ -7,10 +7,11 @@ r"""Does GrAPE do the right thing with this architecture? A row of checks for ea
 The models are those of ``tiny_models.py``. Each is put through: blocks found with no help; the estimate, in the mode
 that ``jvp_mode="auto"`` comes to, beside exact directional derivatives by autograd and beside finite differences
 (cosine of the sums of rank-one terms, at the worst boundary); B_l set to the mean same-position Jacobian, exact by
-autograd, and the cosine of B_l e with the exact delta_l, beside the best that one matrix can reach (a ridge fit to the
-same e and delta_l); which parameters learn through paths outside the chain (they have a gradient though all B_l are
-zero); ten steps of ``GrapeTrainer`` with the recommended settings on one batch; no hook left; saved, and opened again
-by transformers alone. A row is a JSON file in ``architectures/rows``; ``architectures/table.md`` is made of them.
+autograd, and the cosine of B_l e with the exact delta_l, beside what one matrix can reach: a ridge fit to e and delta_l
+of half of the samples, tried on the other half, and a fit to them all; which parameters learn through paths outside
+the chain (they have a gradient though all B_l are zero); ten steps of ``GrapeTrainer`` with the recommended settings on
+one batch; no hook left; saved, and opened again by transformers alone. A row is a JSON file in ``architectures/rows``;
+``architectures/table.md`` is made of them.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from torch import Tensor, nn
 from transformers import PrinterCallback
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
-from grape_hf.alignment import delta_alignment, delta_products, frobenius_cosine
+from grape_hf.alignment import frobenius_cosine
 from grape_hf.blocks import ends, find_blocks
-from grape_hf.feedback import refit, refit_moments
+from grape_hf.feedback import exact_pair, refit
 from grape_hf.isolation import isolated
 from grape_hf.jacobian import Noise, jacobian_terms
 from grape_hf.run import GrapeRun
@@ -71,6 +72,7 @@ def examine(tiny: TinyModel) -> dict[str, Any]:
     started = time.time()
     samples, model = tiny.samples(tiny.enough), tiny.build()
     row: dict[str, Any] = {"name": tiny.name, "parameters": sum(p.numel() for p in model.parameters())}
+    model(**stack(samples[:1]))  # transformers attaches hooks of its own in a first forward that returns router logits
     hooks = count_hooks(model)
     try:
         run = GrapeRun(model, GrapeTrainingArguments(use_cpu=True, report_to=[]))
@@ -86,7 +88,7 @@ def examine(tiny: TinyModel) -> dict[str, Any]:
         finally:
             run.close()
         row |= train(tiny, model, samples)
-        wrong = list(complaints(row)) + (["a refusal was expected"] if tiny.refused else [])
+        wrong = list(complaints(row, tiny.jumps)) + (["a refusal was expected"] if tiny.refused else [])
         row["result"] = "ok"
     if count_hooks(model) != hooks:
         wrong.append("hooks are left")
@@ -95,14 +97,19 @@ def examine(tiny: TinyModel) -> dict[str, Any]:
     return row | {"seconds": round(time.time() - started, 1)}
 
 
-def complaints(row: dict[str, Any]) -> Iterable[str]:
-    """Say what is not as it should be in a row that was not refused."""
+def complaints(row: dict[str, Any], jumps: bool) -> Iterable[str]:
+    """Say what is not as it should be in a row that was not refused.
+
+    Args:
+        row: the figures.
+        jumps: the model is not continuous, so that finite differences are no reference.
+    """
     if "exact" in row:
         if not row["exact"] > 0.98:  # what finite differences reach in float32 on real networks (DESIGN.md)
             yield "the estimate is not what autograd gives"
-        if not row["difference"] > 0.98:
+        if not row["difference"] > 0.98 and not jumps:
             yield "the estimate is not what finite differences give"
-        if not row["jacobian"] > 0.8 * row["best"]:
+        if not row["jacobian"] > 0.8 * row["fitted"]:
             yield "the exact Jacobian is far from the best matrix"
     if not row["loss_last"] < row["loss_first"]:
         yield "the loss does not fall"
@@ -120,26 +127,41 @@ def look_inside(model: nn.Module, run: GrapeRun, samples: list[Batch]) -> dict[s
     estimates = {}
     for mode in {run.jvp_mode, "finite_difference"}:
         with isolated(model):
-            estimates[mode] = jacobian_terms(boundaries, lambda: model(**batch), noise, mode=mode).sums  # type: ignore[arg-type]
+            estimates[mode] = jacobian_terms(boundaries, lambda: model(**batch), noise, mode=mode).sums
     with isolated(model), boundaries.record() as forwards:
         model(**batch).loss.backward()
-    moments = refit_moments(forwards, len(boundaries))
-    best = [
-        refit(torch.zeros_like(b), ee.to(b), ed.to(b), 1e-3)
-        for b, (ee, ed) in zip(run.feedback.B, moments, strict=True)
-    ]
-    reached, best_reached = (delta_alignment(delta_products(forwards, B)) for B in (exact.feedback(), best))
-    worst = int((reached - best_reached).argmin())
+    reached = [reach(*exact_pair(forwards[0], index), B) for index, B in enumerate(exact.feedback())]
+    worst = min(range(len(reached)), key=lambda index: reached[index][0] - reached[index][1])
     model.zero_grad()
     return {
         "space": "hidden" if boundaries.output is run.blocks[-1] else "logits",
         "mode": run.jvp_mode,
         "exact": worst_cosine(estimates[run.jvp_mode], expected),
         "difference": worst_cosine(estimates[run.jvp_mode], estimates["finite_difference"]),
-        "jacobian": float(reached[worst]),
-        "best": float(best_reached[worst]),
+        "jacobian": reached[worst][0],
+        "fitted": reached[worst][1],
+        "best": reached[worst][2],
         "outside": learning_outside(model, run, batch),
     }
+
+
+def reach(e: Tensor, delta: Tensor, B: Tensor) -> tuple[float, float, float]:
+    """Return the cosines with the exact delta, ``(batch, positions, n_l)``, of three guesses from e.
+
+    Those of ``B``, of a ridge fit to one half of the samples tried on the other half, and of a fit to all of them: of
+    the best one matrix the second says too little and the third, where errors are few, too much.
+    """
+
+    def fitted(e: Tensor, delta: Tensor) -> Tensor:
+        e, delta = (t.flatten(0, 1) for t in (e.expand(-1, delta.shape[1], -1), delta))
+        return refit(delta.new_zeros(delta.shape[1], e.shape[1]), e.mT @ e, e.mT @ delta, ridge=0.1)
+
+    def cosine(guess: Tensor) -> float:
+        return float(frobenius_cosine(guess.expand_as(delta), delta))
+
+    half = len(e) // 2
+    crossed = e[:half] @ fitted(e[half:], delta[half:]).mT, e[half:] @ fitted(e[:half], delta[:half]).mT
+    return cosine(e @ B.mT), cosine(torch.cat(crossed)), cosine(e @ fitted(e, delta).mT)
 
 
 def learning_outside(model: nn.Module, run: GrapeRun, batch: Batch) -> list[str]:
@@ -208,8 +230,8 @@ def stack(samples: list[Batch]) -> Batch:
 def table(rows: list[dict[str, Any]]) -> str:
     """Write the rows in Markdown."""
     lines = [
-        "| model | blocks | y | JVP | estimate: autograd | finite differences | B = exact J (best matrix) | loss, steps 1 and 10 "
-        "| learns outside the chain | result |",
+        "| model | blocks | y | JVP | estimate: autograd | finite differences | B = exact J (best matrix) | loss, steps 1 "
+        "and 10 | learns outside the chain | result |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -222,7 +244,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 "dual" if dual else "differences",
                 f"{row['exact']:.4f}",
                 f"{row['difference']:.4f}" if dual else "",
-                f"{row['jacobian']:.2f} ({row['best']:.2f})",
+                f"{row['jacobian']:.2f} ({row['fitted']:.2f}-{row['best']:.2f})",
             ]
         losses = f"{row['loss_first']:.2f} {row['loss_last']:.2f}" if "loss_last" in row else ""
         outside = ", ".join(f"`{name}`" for name in shortened(row.get("outside", [])))
