@@ -118,10 +118,20 @@ HEADS = {
 }
 
 _SPECIAL = dict(pad_token_id=0, bos_token_id=2, eos_token_id=2)
-_NO_DROPOUT = dict.fromkeys(
-    "dropout attention_dropout hidden_dropout embd_pdrop attn_pdrop resid_pdrop hidden_dropout_prob dropout_rate "
-    "attention_probs_dropout_prob activation_dropout drop_path_rate seq_classif_dropout".split(),
-    0.0,
+# By all the names that families have for it.
+_NO_DROPOUT = dict(
+    dropout=0.0,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    resid_pdrop=0.0,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    dropout_rate=0.0,
+    activation_dropout=0.0,
+    drop_path_rate=0.0,
+    seq_classif_dropout=0.0,
 )
 # Large enough for blocks to do something: with 0.02 and this width every block is close to the identity.
 _SCALE = 0.2
