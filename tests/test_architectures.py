@@ -19,14 +19,43 @@ from grape_hf.boundaries import Boundaries
 ROWS = {tiny.name: tiny for tiny in MODELS}
 # One of each kind: fused and split projections, parallel residuals, norms before, after and on both sides, experts,
 # recurrences, an operator without a forward-mode rule, shared blocks, paths outside the chain, stages, refusals.
-THIRD = """
-    decoder-gpt2 decoder-gptj decoder-opt decoder-bloom decoder-mpt decoder-falcon decoder-llama decoder-gemma3_text
-    decoder-phi decoder-olmo2 decoder-cohere decoder-granitemoe decoder-gpt_oss decoder-deepseek_v3
-    decoder-mixtral-router-loss decoder-mamba decoder-recurrent_gemma decoder-gemma3n_text masked-albert
-    masked-mpnet masked-modernbert classifier-bert classifier-gpt2 encoder-decoder-t5 encoder-decoder-mbart
-    encoder-decoder-bart vision-vit vision-resnet-basic vision-convnextv2 vision-swin timm-resnet10t
-    timm-vit_tiny_patch16_224 timm-cspresnet50 timm-mobilenetv3_small_050 timm-edgenext_xx_small
-""".split()
+THIRD = [
+    "decoder-gpt2",
+    "decoder-gptj",
+    "decoder-opt",
+    "decoder-bloom",
+    "decoder-mpt",
+    "decoder-falcon",
+    "decoder-llama",
+    "decoder-gemma3_text",
+    "decoder-phi",
+    "decoder-olmo2",
+    "decoder-cohere",
+    "decoder-granitemoe",
+    "decoder-gpt_oss",
+    "decoder-deepseek_v3",
+    "decoder-mixtral-router-loss",
+    "decoder-mamba",
+    "decoder-recurrent_gemma",
+    "decoder-gemma3n_text",
+    "masked-albert",
+    "masked-mpnet",
+    "masked-modernbert",
+    "classifier-bert",
+    "classifier-gpt2",
+    "encoder-decoder-t5",
+    "encoder-decoder-mbart",
+    "encoder-decoder-bart",
+    "vision-vit",
+    "vision-resnet-basic",
+    "vision-convnextv2",
+    "vision-swin",
+    "timm-resnet10t",
+    "timm-vit_tiny_patch16_224",
+    "timm-cspresnet50",
+    "timm-mobilenetv3_small_050",
+    "timm-edgenext_xx_small",
+]
 
 
 @cache
