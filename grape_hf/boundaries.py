@@ -135,6 +135,10 @@ class OutputReached(Exception):
     """Raised at y by ``perturb``, which also catches it, so that nothing behind y is computed."""
 
 
+class OutputNotReachedError(RuntimeError):
+    """A forward ended, and the module whose output is y was never called."""
+
+
 class Boundaries:
     """The feedback points h_1 .. h_{L-1} of a model and its output y.
 
@@ -227,13 +231,16 @@ class Boundaries:
         ``forward.y`` holds y afterwards; the last two arguments of ``inject`` are what the block was called with.
 
         Raises:
-            RuntimeError: if the forward ended without reaching y.
+            OutputNotReachedError: if the forward ended without reaching y.
         """
         mode = _PerturbMode(inject)
         with self._in_mode(mode), suppress(OutputReached):
             yield mode.forward
         if mode.forward.y is None:
-            raise RuntimeError("the forward ended before the output of the last block or head was computed.")
+            raise OutputNotReachedError(
+                "the forward ended before the output of the last block or head was computed. trl and fused kernels "
+                'compute the loss without calling the head: use feedback_space="hidden".'
+            )
 
     @contextmanager
     def off(self) -> Iterator[None]:

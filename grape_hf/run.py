@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from grape_hf.alignment import delta_alignment, delta_products, exact_alignment, feedback_alignment
 from grape_hf.baselines import dkp
 from grape_hf.blocks import find_blocks, find_encoder, find_head
-from grape_hf.boundaries import Boundaries
+from grape_hf.boundaries import Boundaries, OutputNotReachedError
 from grape_hf.calibration import CalibrationSchedule
 from grape_hf.feedback import Feedback, FeedbackInit, initial_feedback, refit_moments
 from grape_hf.isolation import isolated
@@ -299,10 +299,16 @@ class GrapeRun:
             head = None
         if head is None:
             return "hidden", *look(None)
-        logits = look(head)
-        if space == "auto" and (hidden := look(None))[1].n_y <= logits[1].n_y:
+        if space == "logits":
+            return "logits", *look(head)
+        hidden = look(None)
+        if getattr(head, "out_features", 0) >= hidden[1].n_y:
+            return "hidden", *hidden  # without a look at the head: not every loss calls it, nor takes a single sample
+        try:
+            logits = look(head)
+        except OutputNotReachedError:
             return "hidden", *hidden
-        return "logits", *logits
+        return ("logits", *logits) if logits[1].n_y < hidden[1].n_y else ("hidden", *hidden)
 
     def _pooled(self, output: nn.Module | None) -> set[int]:
         """The boundaries in an encoder, if y is not in it."""
