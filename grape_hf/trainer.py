@@ -182,6 +182,12 @@ class GrapeMixin(_Base):
                 "apart. Use one process for each: `accelerate launch your_script.py`, or show one GPU with "
                 "CUDA_VISIBLE_DEVICES=0."
             )
+        if getattr(self.model, "is_quantized", False):
+            raise ValueError(
+                f"{type(self.model).__name__} is quantised: its products have no forward-mode derivative, and finite "
+                "differences are below their resolution. Load the base unquantised (adapters go with bf16=True), or "
+                'use method="bp".'
+            )
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed is not supported with GrAPE yet. Use DDP or FSDP2, or method='bp'.")
         checkpointing = getattr(self.args, "gradient_checkpointing_kwargs", None) or {}
