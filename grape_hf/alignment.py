@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from grape_hf.boundaries import Boundaries, Forward, project_error
+from grape_hf.boundaries import Boundaries, Forward, own_mask, project_error
 from grape_hf.feedback import exact_pair
 
 
@@ -41,8 +41,10 @@ def delta_products(forwards: Sequence[Forward], B: Sequence[Tensor], mask: Tenso
             _, delta = exact_pair(forward, index)
             assert forward.y is not None
             assert forward.y.grad is not None
-            layout = forward.layout
-            feedback = layout.vectors(project_error(forward.y.grad, b, forward.h[index].shape, mask, layout)).to(delta)
+            layout, pooled = forward.layout, index in forward.pooled
+            padding = own_mask(mask, index, forward.pooled)
+            projected = project_error(forward.y.grad, b, forward.h[index].shape, padding, layout, pooled)
+            feedback = layout.vectors(projected).to(delta)
             products = (feedback * delta).sum(), feedback.square().sum(), delta.square().sum()
             total += torch.stack(products).to(total)
         rows.append(total.to(B[0].device))

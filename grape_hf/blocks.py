@@ -3,13 +3,16 @@
 In a Transformer they are the items of the one ``nn.ModuleList`` that the hidden states run through
 (``transformer.h``, ``model.layers``, ``gpt_neox.layers``). Vision models have stages, lists in one another or one after
 the other (``layer1`` .. ``layer4``, ``stages.0.blocks``): they are joined to one chain. A plain stack of convolutions
-(VGG) is cut before each of them. This module answers which modules and in what order; it changes nothing and runs
-nothing. Whether the blocks really run once each, in that order, and each on the output of the one before, is seen at
-the first forward (``run.py``), which refuses a model that does otherwise.
+(VGG) is cut before each of them. An encoder-decoder's are those of its encoder, then those of its decoder. This module
+answers which modules and in what order; it changes nothing and runs nothing. Whether the blocks really run once each,
+in that order, and each on the output of the one before, is seen at the first forward (``probe.py``), which refuses a
+model that does otherwise.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
@@ -61,6 +64,12 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> Chain:
     return found
 
 
+def find_encoder(model: nn.Module) -> nn.Module | None:
+    """Return the encoder of an encoder-decoder, whose blocks see another sequence than y; None for any other model."""
+    stacks = _stacks(model)
+    return stacks[0] if stacks else None
+
+
 def find_head(model: nn.Module) -> nn.Module:
     """Return the module whose output are the logits, for ``feedback_space="logits"``.
 
@@ -86,9 +95,29 @@ def find_head(model: nn.Module) -> nn.Module:
 
 
 def _search(model: nn.Module) -> Chain:
-    candidates = [chain for chain in _chains(model) if chain]
+    stacks = _stacks(model)
+    if stacks is None:
+        return _search_in(model)
+    names = {module: name for name, module in model.named_modules()}
+    encoder, decoder = (_search_in(stack, f"{names[stack]}.") for stack in stacks)
+    return encoder | decoder
+
+
+def _stacks(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """Encoder and decoder of a model that has both, side by side."""
+    candidate: Any  # get_encoder and get_decoder are transformers'
+    for candidate in _unwrapped(model):
+        if getattr(getattr(candidate, "config", None), "is_encoder_decoder", False) is True:
+            encoder, decoder = candidate.get_encoder(), candidate.get_decoder()
+            nested = encoder in set(decoder.modules()) or decoder in set(encoder.modules())
+            return None if nested else (encoder, decoder)
+    return None
+
+
+def _search_in(model: nn.Module, prefix: str = "") -> Chain:
+    candidates = [chain for chain in _chains(model, prefix) if chain]
     if not candidates:
-        stacks = [_units(m, name) for name, m in model.named_modules() if isinstance(m, nn.Sequential)]
+        stacks = [_units(m, prefix + name) for name, m in model.named_modules() if isinstance(m, nn.Sequential)]
         longest = max(stacks, key=len, default={})
         if len(longest) > 1:
             return longest
@@ -113,12 +142,16 @@ def _search(model: nn.Module) -> Chain:
 def _chains(module: nn.Module, prefix: str = "") -> Iterator[Chain]:
     """Outermost lists of composite modules, each as one chain: what lies inside a block (experts, heads) is not listed.
 
-    Sequentials side by side run one after the other (``layer1`` .. ``layer4``) and make one chain.
+    Sequentials side by side run one after the other (``layer1`` .. ``layer4``) and make one chain, and so do stages
+    that are modules of a class of their own.
     """
     stages: Chain = {}
+    kinds = Counter(type(child) for child in module.children() if _is_stage(child))
     for name, child in module.named_children():
         listed = _items(child, prefix + name)
-        if isinstance(child, nn.Sequential) and listed:
+        if kinds[type(child)] > 1:
+            listed = {f"{prefix}{name}.{block}": item for block, item in child.named_children()}
+        if listed and (isinstance(child, nn.Sequential) or kinds[type(child)] > 1):
             stages |= listed
         elif listed:
             yield listed
@@ -151,6 +184,13 @@ def _inner(item: nn.Module, name: str) -> Chain:
     if len(lists) != 1 or hasattr(item, "shortcut"):
         return {}
     return _items(getattr(item, lists[0]), f"{name}.{lists[0]}")
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether a module is nothing but blocks of one class, as its attributes (timm's RegNet: ``s1.b1``, ``s1.b2``)."""
+    children = list(module.children())
+    listed = isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict)
+    return not listed and len({type(child) for child in children}) == 1 and all(map(_is_block, children))
 
 
 def _units(module: nn.Module, name: str) -> Chain:

@@ -10,10 +10,16 @@ mode, always set by a ``with``, says what they do in a step; without a mode the 
 - ``perturb``: replace each h_l by what a function returns for it, and hand out y (forward-mode estimates).
 
 ``h``, ``e`` and ``y`` are seen as vectors, ``(batch, positions, n)`` (``layout.py``). Where y has other positions than
-h_l (a classifier), e_b is summed over positions and the same B_l e_b goes to each position of h_l.
+h_l (a classifier), e_b is summed over positions and the same B_l e_b goes to each position of h_l. So it is for the
+blocks of an encoder below a decoder (``pooled``), whose output is cut like any h_l.
+
+Only the h_l are cut. What else a block hands on, or the model hands to its blocks, keeps its gradient, which is exact
+and local: it runs from a block's own error along that path, up to the next cut, and no further. Such paths are a
+position bias computed in block 1 and used in all (T5), inputs made for each layer from the embeddings (Gemma 3n), the
+norm between an encoder and the attention of all decoder blocks to it, a router's loss (mixtures of experts).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,7 +36,12 @@ Matrix = Tensor | Literal["identity"]
 
 
 def project_error(
-    e: Tensor, B: Matrix, h_shape: torch.Size, mask: Tensor | None = None, layout: Layout = AUTO
+    e: Tensor,
+    B: Matrix,
+    h_shape: torch.Size,
+    mask: Tensor | None = None,
+    layout: Layout = AUTO,
+    pooled: bool = False,
 ) -> Tensor:
     r"""Return delta_l = B_l e for every position of h_l.
 
@@ -41,17 +52,23 @@ def project_error(
         mask: ``(batch, positions)``, nonzero where a position is not padding; needed only where one error per sample
             goes to several positions.
         layout: how h_l and e are seen as vectors.
+        pooled: whether h_l is of another sequence than e, so that e is summed over positions in any case.
     """
     e = layout.vectors(e)
     n_l = e.shape[-1] if isinstance(B, str) else B.shape[0]
     batch, positions = h_shape[0], h_shape.numel() // (h_shape[0] * n_l)
-    e = align_positions(e, positions)
+    e = align_positions(e, positions, pooled)
     delta = e if isinstance(B, str) else e.to(B.device) @ B.mT.to(e.dtype)  # (batch, positions or 1, n_l)
     if delta.shape[1] != positions:
         delta = delta.expand(batch, positions, n_l)
         if mask is not None and mask.shape == (batch, positions):
             delta = delta * mask.to(delta)[..., None]
     return layout.restore(delta, h_shape)
+
+
+def own_mask(mask: Tensor | None, index: int, pooled: frozenset[int]) -> Tensor | None:
+    """Return the padding mask for one boundary: an encoder's says nothing about the positions of its decoder."""
+    return mask if index in pooled or not pooled else None
 
 
 class _Star:
@@ -70,17 +87,18 @@ class _Receive(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, B: Matrix, star: _Star, mask: Tensor | None) -> Tensor:
-        ctx.B, ctx.star, ctx.mask, ctx.h_shape, ctx.dtype, ctx.device = B, star, mask, h.shape, h.dtype, h.device
+    def forward(ctx: Any, h: Tensor, B: Matrix, star: _Star, mask: Tensor | None, pooled: bool) -> Tensor:
+        ctx.B, ctx.star, ctx.mask, ctx.pooled = B, star, mask, pooled
+        ctx.h_shape, ctx.dtype, ctx.device = h.shape, h.dtype, h.device
         return h.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None, None, None]:
         assert ctx.star.e is not None, "the error arrives before any block is reached"
         star = ctx.star
-        delta = project_error(star.e, ctx.B, ctx.h_shape, ctx.mask, star.layout)
-        return delta.to(ctx.device, ctx.dtype), None, None, None
+        delta = project_error(star.e, ctx.B, ctx.h_shape, ctx.mask, star.layout, ctx.pooled)
+        return delta.to(ctx.device, ctx.dtype), None, None, None, None
 
 
 class _Broadcast(torch.autograd.Function):
@@ -101,11 +119,15 @@ class _Broadcast(torch.autograd.Function):
 
 @dataclass
 class Forward:
-    """What one forward of the model showed: ``h`` by the boundary's index (0 for h_1), and ``y``."""
+    """What one forward of the model showed: ``h`` by the boundary's index (0 for h_1), and ``y``.
+
+    ``pooled`` is ``Boundaries.pooled``.
+    """
 
     layout: Layout = AUTO
     h: dict[int, Tensor] = field(default_factory=dict)
     y: Tensor | None = None
+    pooled: frozenset[int] = frozenset()
 
     def exact(self, index: int) -> bool:
         """Whether a backward left exact gradients at boundary ``index`` and at y: not where all before is frozen."""
@@ -117,6 +139,10 @@ class OutputReached(Exception):
     """Raised at y by ``perturb``, which also catches it, so that nothing behind y is computed."""
 
 
+class OutputNotReachedError(RuntimeError):
+    """A forward ended, and the module whose output is y was never called."""
+
+
 class Boundaries:
     """The feedback points h_1 .. h_{L-1} of a model and its output y.
 
@@ -126,6 +152,7 @@ class Boundaries:
         output: the module whose output is y; the last block by default.
         layout: how activations are seen as vectors.
         whole: whether a forward must run to its end even when nothing behind y matters (FSDP2 counts on that).
+        pooled: boundaries of another sequence than y's: blocks of an encoder. Only they have padding to mask then.
 
     Attributes:
         copied: boundaries whose h_l the next block changes in place, which therefore gets a copy (``probe``).
@@ -140,12 +167,13 @@ class Boundaries:
         output: nn.Module | None = None,
         layout: Layout = AUTO,
         whole: bool = False,
+        pooled: Collection[int] = (),
     ) -> None:
         if not blocks:
             raise ValueError("expected at least one block, got none.")
         self.blocks = list(blocks)
         self.output = ends(self.blocks[-1])[1] if output is None else output
-        self.layout, self.whole = layout, whole
+        self.layout, self.whole, self.pooled = layout, whole, frozenset(pooled)
         self.copied: set[int] = set()
         self._mode: _Mode | None = None
 
@@ -213,13 +241,16 @@ class Boundaries:
         ``forward.y`` holds y afterwards; the last two arguments of ``inject`` are what the block was called with.
 
         Raises:
-            RuntimeError: if the forward ended without reaching y.
+            OutputNotReachedError: if the forward ended without reaching y.
         """
         mode = _PerturbMode(inject, self.whole)
         with self._in_mode(mode), suppress(OutputReached):
             yield mode.forward
         if mode.forward.y is None:
-            raise RuntimeError("the forward ended before the output of the last block or head was computed.")
+            raise OutputNotReachedError(
+                "the forward ended before the output of the last block or head was computed. trl and fused kernels "
+                'compute the loss without calling the head: use feedback_space="hidden".'
+            )
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -277,7 +308,8 @@ class _Mode:
 
 class _BroadcastMode(_Mode):
     def __init__(self, boundaries: Boundaries, B: list[Matrix | None], mask: Tensor | None, keep: bool) -> None:
-        self.layout, self.copied, self.B, self.mask = boundaries.layout, boundaries.copied, B, mask
+        self.B, self.mask = B, mask
+        self.layout, self.copied, self.pooled = boundaries.layout, boundaries.copied, boundaries.pooled
         self.star = _Star(self.layout)  # of the forward under way
         self.keep, self.forwards = keep, list[Forward]()
         self.waiting: dict[int, Tensor | None] = {}  # by boundary; None where nothing before it is trained
@@ -293,13 +325,14 @@ class _BroadcastMode(_Mode):
             )
         if self.keep:
             if not self.waiting:
-                self.forwards.append(Forward(self.layout))
+                self.forwards.append(Forward(self.layout, pooled=self.pooled))
             self.forwards[-1].h[index] = h.detach()
         self.waiting[index] = None
         if (B := self.B[index]) is None:
             return h.clone() if index in self.copied else h
         if h.requires_grad:
-            self.waiting[index] = _Receive.apply(h, B, self.star, self.mask)
+            mask = own_mask(self.mask, index, self.pooled)
+            self.waiting[index] = _Receive.apply(h, B, self.star, mask, index in self.pooled)
         elif any(p.requires_grad for p in block.parameters()):
             raise RuntimeError(
                 f"the output of block {index + 1} ({type(block).__name__}) carries no gradient although the block has "
@@ -329,13 +362,13 @@ class _BroadcastMode(_Mode):
 
 class _RecordMode(_Mode):
     def __init__(self, boundaries: Boundaries) -> None:
-        self.layout, self.copied = boundaries.layout, boundaries.copied
+        self.layout, self.copied, self.pooled = boundaries.layout, boundaries.copied, boundaries.pooled
         self.forwards: list[Forward] = []
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         if torch.is_grad_enabled():
             if index == 0 or not self.forwards:
-                self.forwards.append(Forward(self.layout))
+                self.forwards.append(Forward(self.layout, pooled=self.pooled))
             self.forwards[-1].h[index] = _keep_grad(h)
             return h.clone() if index in self.copied else h
         return h

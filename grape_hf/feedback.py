@@ -146,7 +146,7 @@ def exact_pair(forward: Forward, index: int) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(h.grad.dtype, torch.float32)
     vectors = forward.layout.vectors
     delta = vectors(h.grad).to(dtype)
-    return align_positions(vectors(y.grad).to(delta), delta.shape[1]), delta
+    return align_positions(vectors(y.grad).to(delta), delta.shape[1], index in forward.pooled), delta
 
 
 class Feedback:

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from grape_hf.boundaries import Boundaries
+from grape_hf.boundaries import Boundaries, own_mask
 from grape_hf.layout import Layout, align_positions
 
 JvpMode = Literal["dual", "finite_difference"]
@@ -111,7 +111,7 @@ class JacobianSum:
         return [s / n.clamp(min=1) for s, n in zip(self.sums, self.counts, strict=True)]
 
 
-def rank_one_sum(q: Tensor, a: Tensor) -> Tensor:
+def rank_one_sum(q: Tensor, a: Tensor, pooled: bool = False) -> Tensor:
     r"""Sum the rank-one terms :math:`q_i a_i^\top` over samples and positions.
 
     The sum is taken in float32 at least: in bf16 a long sum loses its small terms. Where y has other positions than
@@ -120,6 +120,7 @@ def rank_one_sum(q: Tensor, a: Tensor) -> Tensor:
     Args:
         q: tangent of y, ``(batch, positions, n_y)``, in units of y.
         a: ``(batch, positions, n_l)``, in inverse units of h_l; for ``p ~ N(0, I)`` injected as it is, ``a = p``.
+        pooled: whether the positions of the two are others, even if there are as many.
 
     Returns:
         ``(n_y, n_l)``, in units of y per unit of h_l.
@@ -136,7 +137,7 @@ def rank_one_sum(q: Tensor, a: Tensor) -> Tensor:
         )
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, a = q.to(dtype), a.to(dtype)
-    if q.shape[1] != a.shape[1]:
+    if pooled or q.shape[1] != a.shape[1]:
         q, a = q.mean(1, keepdim=True), a.sum(1, keepdim=True)
     return (a.flatten(0, 1).mT @ q.flatten(0, 1)).mT  # laid out in memory like B_l, which it is compared with
 
@@ -194,8 +195,9 @@ def jacobian_terms(
                     v, a = _weight_tangent(h, block, args, kwargs, noise.weights(index, block), mode, layout)
             else:
                 v, a = _activation_tangent(h, noise, index, layout)
-            if mask is not None and v.shape[:2] == mask.shape:
-                v, a = (t * mask.to(t)[..., None] for t in (v, a))
+            padding = own_mask(mask, index, boundaries.pooled)
+            if padding is not None and v.shape[:2] == padding.shape:
+                v, a = (t * padding.to(t)[..., None] for t in (v, a))
             injected[index] = _Injected(v, a)  # noqa: B023
             return layout.restore(v, h.shape)
 
@@ -203,11 +205,12 @@ def jacobian_terms(
         if B is not None:
             q = q.to(torch.promote_types(q.dtype, torch.float32))
             for index, t in injected.items():
-                q = q - align_positions(t.v.to(q), q.shape[1]) @ B[index].to(q)
-        for _, t in sorted(injected.items()):
-            terms.sums.append(rank_one_sum(q.to(t.a.device), t.a))
+                q = q - align_positions(t.v.to(q), q.shape[1], index in boundaries.pooled) @ B[index].to(q)
+        for index, t in sorted(injected.items()):
+            pooled = index in boundaries.pooled
+            terms.sums.append(rank_one_sum(q.to(t.a.device), t.a, pooled))
             terms.counts.append(t.a.any(-1).count_nonzero())  # neither padding nor h_l = 0
-            same = q.shape[1] == t.a.shape[1]
+            same = q.shape[1] == t.a.shape[1] and not pooled
             terms.tangents.append(terms.counts[-1] if same else torch.tensor(len(q), device=t.a.device))
     return terms
 
@@ -278,7 +281,17 @@ _LINEAR: dict[Callable[..., Any], tuple[int | None, Callable[..., Any]]] = {
     F.linear: (2, lambda x, weight, bias=None: F.linear(x, weight)),
     torch.addmm: (0, lambda bias, x, weight: torch.mm(x, weight)),
     **{product: (None, product) for product in _PRODUCTS},
+    # The experts of a mixture. torch has no forward-mode rule for it, and finite differences are poor where a router
+    # chooses: a token that goes to another expert makes a jump, which is then divided by 1e-4.
+    torch._grouped_mm: (
+        3,
+        lambda x, weight, offs=None, bias=None, out_dtype=None: _grouped(x, weight, offs, out_dtype),
+    ),
 }
+
+
+def _grouped(x: Tensor, weight: Tensor, offs: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
+    return torch._grouped_mm(x, weight, offs=offs, out_dtype=out_dtype)
 
 
 class _ConstantFactors(TorchFunctionMode):
@@ -289,16 +302,17 @@ class _ConstantFactors(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func not in _LINEAR or kwargs:
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func not in _LINEAR or (kwargs and func is not torch._grouped_mm):
+            return func(*args, **kwargs)
         unpacked = {i: forward_ad.unpack_dual(a) for i, a in enumerate(args) if isinstance(a, Tensor)}
         dual = [i for i, pair in unpacked.items() if pair.tangent is not None]
         bias, product = _LINEAR[func]
         if len(dual) != 1 or dual == [bias]:
-            return func(*args)
+            return func(*args, **kwargs)
         (i,) = dual
         value, tangent = ((*args[:i], part, *args[i + 1 :]) for part in unpacked[i])
-        return forward_ad.make_dual(func(*value), product(*tangent))
+        return forward_ad.make_dual(func(*value, **kwargs), product(*tangent, **kwargs))
 
 
 def _dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callable[[Inject], Tensor]:
@@ -320,7 +334,7 @@ def _dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Calla
                     forward()
             except (RuntimeError, NotImplementedError) as error:
                 if isinstance(error, NotImplementedError) or "forward AD" in str(error) or "jvp" in str(error):
-                    raise ForwardModeError(str(error)) from error
+                    raise ForwardModeError(str(error).partition("\n")[0]) from error
                 raise
             assert passed.y is not None
             q = forward_ad.unpack_dual(passed.y).tangent

@@ -72,6 +72,12 @@ class Layout:
 AUTO = Layout()
 
 
-def align_positions(e: Tensor, positions: int) -> Tensor:
-    """Sum ``e``, ``(batch, S, n)``, over positions unless it has as many as asked for: one error per sample then."""
-    return e if e.shape[1] == positions else e.sum(1, keepdim=True)
+def align_positions(e: Tensor, positions: int, pooled: bool = False) -> Tensor:
+    """Sum ``e``, ``(batch, S, n)``, over positions unless it has as many as asked for: one error per sample then.
+
+    Args:
+        e: error or tangent.
+        positions: how many positions the other side has.
+        pooled: sum in any case: the other side is of another sequence (an encoder's), whose positions are not these.
+    """
+    return e if e.shape[1] == positions and not pooled else e.sum(1, keepdim=True)

@@ -42,10 +42,12 @@ def probe(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object
         forward: runs the model on a sample or more.
 
     Raises:
-        RuntimeError: if the blocks do not run once each, in order, each on the output of the one before, up to y.
+        RuntimeError: if the blocks do not run once each, in order, each on the output of the one before, up to y, or
+            if their activations do not begin with the batch.
     """
     order: list[int] = []
     vectors: list[Tensor] = []
+    batches: set[int] = set()
     passed_on: list[
         tuple[Tensor, Tensor]
     ] = []  # of each boundary: a leaf that marks it in the graph, what block l+1 got
@@ -53,6 +55,7 @@ def probe(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object
     def look(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         if len(order) == index and passed_on and h.requires_grad:
             _check_chain(boundaries, index, h, [leaf for leaf, _ in passed_on])
+        batches.add(len(h))
         order.append(index)
         vectors.append(boundaries.layout.vectors(h.detach())[:1, :1])
         leaf = h.detach().requires_grad_()
@@ -68,17 +71,30 @@ def probe(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object
             f"{[index + 1 for index in order]}. Direct feedback needs a chain of blocks: name others with the option "
             '`blocks`. With several forwards for one head use feedback_space="hidden".'
         )
-    boundaries.copied = {index for index, (_, given) in enumerate(passed_on) if given._version > 0}
     assert seen.y is not None
+    if batches != {len(seen.y)}:
+        raise RuntimeError(
+            f"expected the batch as the first dimension of every block's output, as it is at y ({len(seen.y)}), found "
+            f"{sorted(batches)}. Blocks that stack several streams of activations, or fold positions into the batch, "
+            "cannot get direct feedback: name others with the option `blocks`."
+        )
+    if seen.y.requires_grad and passed_on:
+        _check_chain(boundaries, len(boundaries), seen.y, [leaf for leaf, _ in passed_on])
+    boundaries.copied = {index for index, (_, given) in enumerate(passed_on) if given._version > 0}
     return Probe(vectors, boundaries.layout.vectors(seen.y).shape[-1])
 
 
 def _check_chain(boundaries: Boundaries, index: int, h: Tensor, leaves: list[Tensor]) -> None:
     used = [i for i, leaf in enumerate(leaves) if _reaches(h, leaf)]
-    if used != [index - 1]:
+    # Every block of a decoder also works on the encoder's output, which is cut as well.
+    encoder = max(boundaries.pooled, default=index)
+    allowed = {index - 1, encoder} if index > encoder else {index - 1}
+    if index - 1 not in used or not allowed.issuperset(used):
         names = ", ".join(f"h_{i + 1}" for i in used) or "none of them"
+        block = type(boundaries.blocks[index]).__name__
+        what = f"block {index + 1} ({block})" if index < len(boundaries) else f"the output y, of {block} or the head,"
         raise RuntimeError(
-            f"block {index + 1} ({type(boundaries.blocks[index]).__name__}) was expected to work on h_{index}, the "
+            f"{what} was expected to work on h_{index}, the "
             f"output of block {index}, and on no other block's; it works on {names}. Direct feedback needs a chain of "
             "blocks: name others with the option `blocks`, a whole group of blocks that share their inputs as one."
         )

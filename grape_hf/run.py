@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from grape_hf.alignment import delta_alignment, delta_products, exact_alignment, feedback_alignment
 from grape_hf.baselines import dkp
-from grape_hf.blocks import find_blocks, find_head
-from grape_hf.boundaries import Boundaries, Matrix
+from grape_hf.blocks import find_blocks, find_encoder, find_head
+from grape_hf.boundaries import Boundaries, Matrix, OutputNotReachedError
 from grape_hf.calibration import CalibrationSchedule
-from grape_hf.feedback import Feedback, initial_feedback, refit_moments
+from grape_hf.feedback import Feedback, FeedbackInit, initial_feedback, refit_moments
 from grape_hf.guard import DriftGuard, FiniteGuard
 from grape_hf.isolation import isolated
 from grape_hf.jacobian import ForwardModeError, JacobianSum, JvpMode, Noise, jacobian_terms
@@ -68,7 +68,13 @@ class GrapeRun:
     ) -> None:
         self.model, self.options, self.seed = model, options, seed
         self.ranks, self.restartable, self.sharded = ranks, restartable, is_sharded(model)
-        named = feedback_blocks(find_blocks(model, options.blocks), options.blocks_per_feedback)
+        found = find_blocks(model, options.blocks)
+        encoder = find_encoder(model)
+        self._encoder = set() if encoder is None else set(encoder.modules())
+        named: dict[str, nn.Module] = {}
+        for inside in (True, False):  # a group of blocks does not reach from an encoder into its decoder
+            stack = {name: block for name, block in found.items() if (block in self._encoder) is inside}
+            named |= feedback_blocks(stack, options.blocks_per_feedback)
         self.block_names, self.blocks = list(named)[:-1], list(named.values())
         if options.feedback_space == "logits":
             find_head(model)
@@ -358,7 +364,7 @@ class GrapeRun:
         layout = Layout(self.options.feedback_sharing or "auto", channels_last)
 
         def look(output: nn.Module | None) -> tuple[Boundaries, Probe]:
-            boundaries = Boundaries(self.blocks, output, layout, whole=self.sharded)
+            boundaries = Boundaries(self.blocks, output, layout, self.sharded, self._pooled(output))
             return boundaries, probe(self.model, boundaries, forward)
 
         try:
@@ -369,16 +375,36 @@ class GrapeRun:
             head = None
         if head is None:
             return "hidden", *look(None)
-        logits = look(head)
-        if space == "auto" and (hidden := look(None))[1].n_y <= logits[1].n_y:
+        if space == "logits":
+            return "logits", *look(head)
+        hidden = look(None)
+        if getattr(head, "out_features", 0) >= hidden[1].n_y:
+            return "hidden", *hidden  # without a look at the head: not every loss calls it, nor takes a single sample
+        try:
+            logits = look(head)
+        except OutputNotReachedError:
             return "hidden", *hidden
-        return "logits", *logits
+        return ("logits", *logits) if logits[1].n_y < hidden[1].n_y else ("hidden", *hidden)
+
+    def _pooled(self, output: nn.Module | None) -> set[int]:
+        """The boundaries in an encoder, if y is not in it."""
+        if (output or self.blocks[-1]) in self._encoder:
+            return set()
+        return {index for index, block in enumerate(self.blocks[:-1]) if block in self._encoder}
 
     def _initial_feedback(self, space: str, shapes: Probe, forward: Callable[[], object]) -> list[Tensor]:
-        init = self.options.feedback_init or "auto"
+        init, pooled = self.options.feedback_init or "auto", self.boundaries.pooled
         square = space == "hidden" and all(h.shape[-1] == shapes.n_y for h in shapes.h)
+        if init == "identity" and pooled:
+            raise ValueError(
+                f'feedback_init="identity" is the Jacobian of the shortcut path, and none leads from '
+                f'{self.block_names[min(pooled)]}, a block of the encoder, to y. Use "auto", "gaussian" or "zero".'
+            )
+        # No shortcut path leads out of an encoder: B_l starts from zero there if it is to learn.
+        of_encoder: FeedbackInit | None = None
         if init == "auto":
             init = "identity" if square else "gaussian"
+            of_encoder = "zero" if self.options.method in ESTIMATING else "gaussian"
         total, numbers = len(shapes.h), sum(shapes.sizes)
         logger.info(
             f"GrAPE: {len(self.blocks)} blocks, errors measured in {space} space ({shapes.n_y} numbers), {init} start; "
@@ -392,11 +418,12 @@ class GrapeRun:
                 )
             return shortcut_feedback(self.model, self.boundaries, forward, self.block_names)
         generator = torch.Generator().manual_seed(self.seed)
+        inits = [of_encoder or init if index in pooled else init for index in range(total)]
         return [
-            initial_feedback(init, h.shape[-1], shapes.n_y, generator, torch.promote_types(h.dtype, torch.float32)).to(
+            initial_feedback(kind, h.shape[-1], shapes.n_y, generator, torch.promote_types(h.dtype, torch.float32)).to(
                 h.device
             )
-            for h in shapes.h
+            for kind, h in zip(inits, shapes.h, strict=True)
         ]
 
     def _refuse_size(self, shapes: Probe) -> None:

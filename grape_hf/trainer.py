@@ -223,6 +223,12 @@ class GrapeMixin(_Base):
             self._refuse_with_baseline()
         if self.args.fp16 and method in ("dkp", "pepita"):
             raise ValueError(f"fp16 scales the loss, and method={method!r} needs the error as it is. Use bf16 or fp32.")
+        if getattr(self.model, "is_quantized", False):
+            raise ValueError(
+                f"{type(self.model).__name__} is quantised: its products have no forward-mode derivative, and finite "
+                "differences are below their resolution. Load the base unquantised (adapters go with bf16=True), or "
+                'use method="bp".'
+            )
         refuse_parallelism(self, self.grape_options)
         checkpointing = getattr(self.args, "gradient_checkpointing_kwargs", None) or {}
         if checkpointing.get("use_reentrant"):

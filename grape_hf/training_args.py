@@ -226,6 +226,11 @@ class GrapeArgumentsMixin:
         },
     )
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Make a dataclass of whatever this is mixed into: an undecorated class would take our options alone."""
+        super().__init_subclass__(**kwargs)
+        dataclass(kw_only=True)(cls)  # where the user decorates it as well, fields without a default may come last
+
     def __post_init__(self) -> None:
         """Fill in the preset, refuse what cannot work, and go on with the arguments mixed with."""
         self._check_choices()

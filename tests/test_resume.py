@@ -166,7 +166,8 @@ def test_a_checkpoint_of_a_stock_trainer_goes_on_with_fresh_feedback(tmp_path, c
     forged = Path(shutil.copytree(stock, tmp_path / "checkpoint-10"))
     Feedback([torch.eye(WIDTH), torch.eye(WIDTH)]).save(forged / FEEDBACK_NAME, ["transformer.h.0", "transformer.h.1"])
     fresh = {"smoothed": None, "last_step": None, "count": 0}
-    (forged / STATE_NAME).write_text(json.dumps({"schedule": fresh, "jvp_mode": "dual", "seed": 42}))
+    guards = {"skipped": {"counts": None}, "drift": {"mode": "no", "smoothed": [], "below": [], "given_up": []}}
+    (forged / STATE_NAME).write_text(json.dumps({"schedule": fresh, "jvp_mode": "dual", "seed": 42} | guards))
     caplog.clear()
     again = train(GPT2, tmp_path / "again", max_steps=20, resume=str(forged), **LEARNED)
     assert "afresh" not in caplog.text

@@ -192,3 +192,21 @@ def test_they_are_training_arguments(tmp_path):
     assert not set(FIELDS) & {f.name for f in dataclasses.fields(TrainingArguments)}
     with pytest.raises(TypeError, match="feedback_rate"):
         from_keywords(tmp_path, feedback_rate=0.1)
+
+
+class Undecorated(GrapeArgumentsMixin, TrainingArguments):
+    more: int = 3
+
+
+@dataclasses.dataclass
+class Decorated(GrapeArgumentsMixin, TrainingArguments):
+    more: int = 3
+
+
+@pytest.mark.parametrize("kind", [Undecorated, Decorated])
+def test_a_class_that_mixes_the_options_in_takes_all_arguments(kind, tmp_path):
+    args = kind(output_dir=str(tmp_path), method="dfa", learning_rate=0.5, more=4)
+    assert (args.method, args.learning_rate, args.more) == ("dfa", 0.5, 4)
+    assert kind(**args.to_dict()).to_dict() == args.to_dict()
+    (parsed,) = HfArgumentParser(kind).parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--more", "5"])
+    assert (parsed.method, parsed.more) == ("grape", 5)

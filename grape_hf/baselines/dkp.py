@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grape_hf.boundaries import Forward
+from grape_hf.boundaries import Forward, own_mask
 from grape_hf.layout import align_positions
 
 OPTIONS: dict[str, Any] = {
@@ -52,9 +52,10 @@ def products(forwards: Sequence[Forward], B: Sequence[Tensor], mask: Tensor | No
         assert forward.y.grad is not None
         for index, h in forward.h.items():
             h = forward.layout.vectors(h.detach()).to(sums[index])
-            if mask is not None and mask.shape == h.shape[:2]:
-                h = h * mask.to(h)[..., None]
-            e = align_positions(forward.layout.vectors(forward.y.grad).to(h), h.shape[1])
+            pooled, padding = index in forward.pooled, own_mask(mask, index, forward.pooled)
+            if padding is not None and padding.shape == h.shape[:2]:
+                h = h * padding.to(h)[..., None]
+            e = align_positions(forward.layout.vectors(forward.y.grad).to(h), h.shape[1], pooled)
             h = h if e.shape[1] == h.shape[1] else h.sum(1, keepdim=True)
             sums[index] += h.flatten(0, 1).mT @ e.flatten(0, 1)
     return sums

@@ -1,0 +1,115 @@
+"""GrAPE on tiny random models of many families: a third of what ``recipes/studies/architectures.py`` makes a table of.
+
+The oracle is autograd: all of dy/dh_l, a backward for each number of y.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from exact_jacobians import ExactJacobians
+from tiny_models import MODELS
+
+from grape_hf.boundaries import Boundaries
+
+ROWS = {tiny.name: tiny for tiny in MODELS}
+# One of each kind: fused and split projections, parallel residuals, norms before, after and on both sides, experts,
+# recurrences, an operator without a forward-mode rule, shared blocks, paths outside the chain, stages, refusals.
+THIRD = [
+    "decoder-gpt2",
+    "decoder-gptj",
+    "decoder-opt",
+    "decoder-bloom",
+    "decoder-mpt",
+    "decoder-falcon",
+    "decoder-llama",
+    "decoder-gemma3_text",
+    "decoder-phi",
+    "decoder-olmo2",
+    "decoder-cohere",
+    "decoder-granitemoe",
+    "decoder-gpt_oss",
+    "decoder-deepseek_v3",
+    "decoder-mixtral-router-loss",
+    "decoder-mamba",
+    "decoder-recurrent_gemma",
+    "decoder-gemma3n_text",
+    "masked-albert",
+    "masked-mpnet",
+    "masked-modernbert",
+    "classifier-bert",
+    "classifier-gpt2",
+    "encoder-decoder-t5",
+    "encoder-decoder-mbart",
+    "encoder-decoder-bart",
+    "vision-vit",
+    "vision-resnet-basic",
+    "vision-convnextv2",
+    "vision-swin",
+    "timm-resnet10t",
+    "timm-vit_tiny_patch16_224",
+    "timm-cspresnet50",
+    "timm-mobilenetv3_small_050",
+    "timm-edgenext_xx_small",
+]
+
+
+@cache
+def examine(name: str) -> dict[str, Any]:
+    return architectures.examine(ROWS[name])
+
+
+@pytest.mark.parametrize("name", THIRD)
+def test_row(name, caplog):
+    row = examine(name)
+    refused = ROWS[name].refused
+    assert row["result"].startswith("refused: ") if refused else row["result"] == "ok", row["result"]
+    told = sum("finite differences in place of dual numbers" in message for message in caplog.messages)
+    without_rule = name in ("decoder-bloom", "decoder-recurrent_gemma")
+    assert told == (2 if without_rule else 0)  # once a run: that of the look inside, that of the training
+
+
+def test_a_third_is_a_third():
+    assert len(set(THIRD)) >= len(MODELS) / 3
+    assert {ROWS[name].kind for name in THIRD} == {tiny.kind for tiny in MODELS}
+
+
+@pytest.mark.parametrize(
+    ("name", "outside"),
+    [
+        ("encoder-decoder-t5", {"encoder.final_layer_norm.weight", "*SelfAttention.relative_attention_bias.weight"}),
+        ("encoder-decoder-bart", set()),  # norms behind the blocks: the encoder ends with its last block
+        ("decoder-mixtral-router-loss", {"*self_attn.*", "*mlp.*", "*layernorm.weight"}),  # each block's own
+        ("masked-mpnet", {"mpnet.encoder.relative_attention_bias.weight"}),
+        ("decoder-llama", set()),
+    ],
+)
+def test_what_learns_without_feedback_is_known(name, outside):
+    found = architectures.shortened(examine(name)["outside"])
+    for path in found:
+        assert any(re.fullmatch(pattern.replace(".", r"\.").replace("*", ".*"), path) for pattern in outside), path
+    assert bool(found) == bool(outside)
+
+
+def test_exact_jacobians_of_a_linear_chain():
+    """The oracle itself: where samples and positions do not meet, J_l is a product of weights."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(4))).double()
+    boundaries = Boundaries(list(model[1:]))
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    with boundaries.attached():
+        exact = ExactJacobians(model, boundaries, lambda: model(x))
+    w3, w4 = model[2].weight, model[3].weight
+    for found, expected in zip(exact.feedback(), [(w4 @ w3).mT, w4.mT], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_table_is_of_the_models_there_are():
+    """Whoever adds a model runs the study again."""
+    text = (Path(architectures.__file__).with_suffix("") / "table.md").read_text()
+    names = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()[2:]]
+    assert names == [tiny.name for tiny in MODELS]
+    assert "wrong" not in text

@@ -1,0 +1,237 @@
+"""T5 and BART: the error goes to every block of both stacks, to an encoder's summed over target positions.
+
+The reference runs each block by itself, on the inputs that it had in an ordinary forward, and backpropagates its own
+delta_l; nothing of ``boundaries.py`` is in it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exact_jacobians import ExactJacobians
+from helpers import LEARNED, arguments, count_hooks, logged
+from tiny_models import MODELS, TinyModel
+from torch import Tensor, nn
+from transformers import PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+from grape_hf import GrapeArgumentsMixin, GrapeMixin
+from grape_hf.alignment import delta_products
+from grape_hf.blocks import find_blocks, find_encoder
+from grape_hf.feedback import exact_pair
+from grape_hf.isolation import isolated
+from grape_hf.jacobian import Noise, jacobian_terms
+from grape_hf.run import GrapeRun
+
+T5, BART = (next(m for m in MODELS if m.name == f"encoder-decoder-{family}") for family in ("t5", "bart"))
+ENCODER = 2  # blocks of the encoder, in front of three of the decoder
+
+
+def batch_of(tiny: TinyModel, number: int = 3, targets: int | None = None) -> dict[str, Tensor]:
+    samples = tiny.samples(number)
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    mask = torch.ones_like(batch["input_ids"])
+    mask[1, 5:] = 0  # padding at the end of one source
+    labels = batch["labels"] if targets is None else batch["input_ids"].roll(1, 1)[:, :targets]
+    return batch | {"attention_mask": mask, "labels": labels}
+
+
+def started(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> GrapeRun:
+    run = GrapeRun(model, GrapeArgumentsMixin(**options))
+    run.start(lambda: model(**{name: value[:1] for name, value in batch.items()}))
+    return run
+
+
+def reference(model: nn.Module, batch: dict[str, Tensor], B: list[Tensor]) -> dict[str, Tensor]:
+    """Gradients by hand: of the head, then of each block with what its input is made of, up to the next h_l."""
+    blocks = list(find_blocks(model).values())
+    encoder, parameters = model.get_encoder(), dict(model.named_parameters())
+    calls: list[tuple[tuple, dict]] = []
+    top: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.append((args, kwargs))
+
+    def cut(module: nn.Module, args: tuple, output: tuple | Tensor) -> tuple | Tensor:
+        y = output[0] if isinstance(output, tuple) else output
+        top.append(y.detach().requires_grad_())
+        return (top[0], *output[1:]) if isinstance(output, tuple) else top[0]
+
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(cut))
+    loss = model(**batch).loss
+    for handle in handles:
+        handle.remove()
+    sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+
+    def add(value: Tensor, gradient: Tensor | None) -> None:
+        gradients = torch.autograd.grad(
+            value, list(parameters.values()), gradient, retain_graph=True, materialize_grads=True
+        )
+        for name, g in zip(parameters, gradients, strict=True):
+            sums[name] += g
+
+    add(loss, None)
+    e = torch.autograd.grad(loss, top[0], retain_graph=True)[0]  # (batch, targets, n_y)
+
+    # The encoder's output as its decoder sees it: the encoder's last h, cut, and the norm behind it if there is one.
+    args, kwargs = calls[ENCODER - 1]
+    seen = blocks[ENCODER - 1](*args, **kwargs)
+    seen = (seen[0] if isinstance(seen, tuple) else seen).detach()
+    seen = encoder.final_layer_norm(seen) if hasattr(encoder, "final_layer_norm") else seen
+
+    for index, block in enumerate(blocks):
+        args, kwargs = calls[index]
+        args = list(args)
+        if index not in (0, ENCODER):  # the first block of a stack is one unit with the embeddings
+            args[0] = args[0].detach()
+        if index >= ENCODER:
+            position = 3 if "T5" in type(block).__name__ else 2  # where the encoder's output is passed
+            assert args[position].shape == seen.shape
+            args[position] = seen
+            kwargs = kwargs | {"past_key_values": None}  # else keys and values of the ordinary forward
+        h = block(*args, **kwargs)
+        h = h[0] if isinstance(h, tuple) else h
+        if index < ENCODER:
+            pooled = e.sum(1)
+            delta = torch.stack([torch.stack([B[index] @ pooled[b]] * h.shape[1]) for b in range(len(h))])
+            delta = delta * batch["attention_mask"][..., None]
+        elif index < len(blocks) - 1:
+            delta = torch.stack([torch.stack([B[index] @ e[b, t] for t in range(h.shape[1])]) for b in range(len(h))])
+        else:
+            delta = e
+        add(h, delta)
+    return sums
+
+
+@pytest.mark.parametrize("tiny", [T5, BART], ids=lambda tiny: tiny.family)
+@pytest.mark.parametrize("targets", [None, 8], ids=["fewer-targets", "as-many-targets"])
+def test_star_of_both_stacks(tiny, targets):
+    model, batch = tiny.build().double(), batch_of(tiny, targets=targets)
+    run = started(model, batch)
+    B = [torch.randn_like(b) for b in run.feedback.B]
+    expected = reference(model, batch, B)
+    with run.boundaries.broadcast(B, batch["attention_mask"]):
+        model(**batch).loss.backward()
+    run.close()
+    assert count_hooks(model) == 0
+    for name, p in model.named_parameters():
+        got = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(got, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert all(expected[name].any() for name in expected if "encoder" in name and "k_proj.bias" not in name)
+
+
+def test_estimates_of_an_encoder_are_of_all_pairs_of_positions():
+    model, batch = BART.build().double(), batch_of(BART, targets=8)  # as many as sources: the sizes do not tell
+    del batch["attention_mask"]
+    run, noise = started(model, batch), Noise(0, 0, range(3))
+    assert run.boundaries.pooled == {0, 1}
+    exact = ExactJacobians(model, run.boundaries, lambda: model(**batch))
+    B = [torch.randn_like(b) for b in run.feedback.B]
+    with isolated(model):
+        plain = jacobian_terms(run.boundaries, lambda: model(**batch), noise)
+        residual = jacobian_terms(run.boundaries, lambda: model(**batch), noise, B=B)
+    run.close()
+    assert [int(n) for n in residual.tangents] == [3, 3, 24, 24]  # samples, and samples times positions
+
+    v = [noise.vectors(i, h) * h.square().mean(-1, keepdim=True).sqrt() for i, h in enumerate(exact.h)]
+    a = [noise.vectors(i, h) / h.square().mean(-1, keepdim=True).sqrt() for i, h in enumerate(exact.h)]
+    predicted = torch.zeros(3, 8, B[0].shape[1], dtype=torch.float64)
+    for b in range(3):
+        for t in range(8):
+            for i in range(4):
+                for s in range(8) if i < ENCODER else [t]:
+                    predicted[b, t] += B[i].mT @ v[i][b, s]
+    for i, expected in enumerate(exact.estimate(noise)):
+        torch.testing.assert_close(plain.sums[i], expected)
+        if i < ENCODER:
+            taken = sum(torch.outer(predicted[b].mean(0), a[i][b, s]) for b in range(3) for s in range(8))
+        else:
+            taken = sum(torch.outer(predicted[b, t], a[i][b, t]) for b in range(3) for t in range(8))
+        torch.testing.assert_close(residual.sums[i], expected - taken)
+
+
+def test_exact_deltas_of_an_encoder_meet_the_summed_error():
+    model, batch = BART.build().double(), batch_of(BART, targets=8)
+    run = started(model, batch)
+    with run.boundaries.record() as forwards:
+        model(**batch).loss.backward()
+    run.close()
+    e, delta = exact_pair(forwards[0], 0)
+    torch.testing.assert_close(e, forwards[0].y.grad.sum(1, keepdim=True))
+    assert delta.shape == (3, 8, 16)
+    B = [torch.randn_like(b) for b in run.feedback.B]
+    products = delta_products(forwards, B, batch["attention_mask"])
+    guess = (e @ B[0].mT).expand_as(delta) * batch["attention_mask"][..., None]
+    expected = torch.stack([(guess * delta).sum(), guess.square().sum(), delta.square().sum()])
+    torch.testing.assert_close(products[0], expected)
+    e, _ = exact_pair(forwards[0], 3)
+    assert e.shape == (3, 8, 16)
+
+
+class Trainer(GrapeMixin, Seq2SeqTrainer):
+    pass
+
+
+class Arguments(GrapeArgumentsMixin, Seq2SeqTrainingArguments):
+    pass
+
+
+def trained(tiny: TinyModel, folder: Path, model: nn.Module | None = None, **options: Any) -> Trainer:
+    trainer = Trainer(
+        model=tiny.build() if model is None else model,
+        args=arguments(folder, Arguments, per_device_train_batch_size=8, **options),
+        train_dataset=tiny.samples(8),
+        eval_dataset=tiny.samples(4, seed=1),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("tiny", [T5, BART], ids=lambda tiny: tiny.family)
+def test_seq2seq_trainer(tiny, tmp_path):
+    trainer = trained(
+        tiny,
+        tmp_path,
+        predict_with_generate=True,
+        eval_strategy="steps",
+        eval_steps=5,
+        generation_max_length=5,
+        **LEARNED,
+    )
+    losses = [value for _, value in logged(trainer, "loss")]
+    assert losses[-1] < losses[0]
+    assert len(trainer.feedback) == 4
+    assert all(b.any() for b in trainer.feedback)  # an encoder's start from zero
+    assert [step for step, _ in logged(trainer, "eval_loss")] == [5, 10]  # by generating, which leaves the hooks alone
+    assert count_hooks(trainer.model) == 0
+
+
+def test_starts(tmp_path):
+    learned, frozen = (trained(T5, tmp_path, max_steps=1, learning_rate=0.0, method=m) for m in ("grape", "dfa"))
+    zero, gaussian = learned.feedback[0], frozen.feedback[0]
+    assert gaussian.std() == pytest.approx(1 / 4, rel=0.2)  # 1 / sqrt(n_l)
+    assert zero.norm() < 0.1 * gaussian.norm()
+    assert torch.equal(frozen.feedback[3], torch.eye(16))
+    with pytest.raises(ValueError, match="none leads from encoder.block.0, a block of the encoder, to y"):
+        trained(T5, tmp_path, feedback_init="identity")
+
+
+def test_which_blocks():
+    model, batch = T5.build(), batch_of(T5)
+    assert list(find_blocks(model)) == [f"encoder.block.{i}" for i in range(2)] + [
+        f"decoder.block.{i}" for i in range(3)
+    ]
+    assert find_encoder(model) is model.encoder
+    run = started(model, batch, blocks_per_feedback=2)
+    assert run.block_names == ["encoder.block.1"]  # and y at decoder.block.2: no group reaches over
+    assert run.boundaries.pooled == {0}
+    run.close()
+    decoder = started(model, batch, blocks="decoder.block")
+    assert decoder.block_names == ["decoder.block.0", "decoder.block.1"]
+    assert not decoder.boundaries.pooled
+    decoder.close()
+    encoder = started(model, batch, blocks="encoder.block", feedback_space="hidden")
+    assert not encoder.boundaries.pooled  # y is the encoder's output, at its own positions
+    encoder.close()
