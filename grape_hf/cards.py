@@ -169,9 +169,7 @@ def render_card(
         pictures=list((found_pictures(record.folder) if pictures is None else pictures).items()),
         code_to_load=code_to_load,
         note=note,
-        hyperparameters=section(base.text, "### Training hyperparameters")
-        or "\n".join(f"- {name}: {value}" for name, value in (record.summary.hyperparameters or {}).items()),
-        trainer_options=_trainer_options(record.args),
+        hyperparameters=_hyperparameters(record),
         training_results=make_markdown_table(record.summary.eval_lines).strip(),
         versions=_versions(base.text),
     )
@@ -206,7 +204,7 @@ def eval_results(record: RunRecord, task: str) -> list[EvalResult]:
         )
 
     for pattern in (_METRIC, _LOSS):
-        matches = {name: pattern.fullmatch(name) for name, value in record.results.items() if is_finite(value)}
+        matches = {name: pattern.fullmatch(name) for name, value in sorted(record.results.items()) if is_finite(value)}
         if results := [result(name, record.results[name], found) for name, found in matches.items() if found]:
             return results
     return []
@@ -278,11 +276,11 @@ def _data(record: RunRecord) -> str:
 
 
 def _result_rows(results: Mapping[str, float], bp: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    # A figure of the stock run may be given with or without the Trainer's prefix.
-    found = {name: bp.get(name, bp.get(name.removeprefix("eval_"))) for name in results}
+    # A figure of the stock run may be given with or without the Trainer's prefix. In the order of a folder's JSON.
+    found = {name: bp.get(name, bp.get(name.removeprefix("eval_"))) for name in sorted(results)}
     alone = {name: value for name, value in bp.items() if not {name, f"eval_{name}"} & results.keys()}
-    rows = [(cell(label(name)), number(value), number(found[name])) for name, value in results.items()]
-    return rows + [(cell(label(name)), "", number(value)) for name, value in alone.items()]
+    rows = [(cell(label(name)), number(results[name]), number(value)) for name, value in found.items()]
+    return rows + [(cell(label(name)), "", number(value)) for name, value in sorted(alone.items())]
 
 
 def _measured(record: RunRecord) -> str:
@@ -331,14 +329,19 @@ def _changed_options(options: GrapeArgumentsMixin) -> list[tuple[str, str, str]]
     ]
 
 
-def _trainer_options(args: TrainingArguments) -> str:
+def _hyperparameters(record: RunRecord) -> str:
+    """List what the stock card lists, and what it leaves out of the options that decide what is learned."""
+    stock = [f"- {name}: {value}" for name, value in (record.summary.hyperparameters or {}).items()]
+    # Those in the card come first: what is read from a folder later may be of another number of processes.
+    text = section(record.card.text, "### Training hyperparameters") or "\n".join(stock)
     fields = dataclasses.fields(TrainingArguments)
     defaults = {o.name: None if o.default is dataclasses.MISSING else o.default for o in fields}
-    values = {name: getattr(args, name) for name in _TRAINER_OPTIONS if name in defaults and hasattr(args, name)}
+    values = {name: getattr(record.args, name) for name in _TRAINER_OPTIONS if hasattr(record.args, name)}
     plain = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
     # What is unset may be None, False or empty, before the Trainer's own defaults are filled in or after.
-    changed = {name: value for name, value in plain.items() if value != defaults[name] and (value or defaults[name])}
-    return ", ".join(f"`{name}` {code(value)}" for name, value in changed.items())
+    changed = {k: v for k, v in plain.items() if v != defaults.get(k) and (v or defaults.get(k))}
+    more = [f"- {name}: {one_line(str(value))}" for name, value in changed.items()]
+    return "\n".join([text, *(line for line in more if line not in text.splitlines())])
 
 
 def _versions(text: str) -> str:

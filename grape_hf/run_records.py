@@ -7,6 +7,7 @@ are the same. Nothing here asks the network, and a folder is read without making
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,6 +181,8 @@ def read_record(folder: str | Path) -> RunRecord:
         architecture=architecture,
         config=config,
         preprocessor=_saved_preprocessor(folder),
+        # They are nowhere else without making the model.
+        blocks=re.findall(r"^\| h_\d+ \| `([^`|]+)` \|", known.text, flags=re.MULTILINE) if known else [],
     )
 
 
