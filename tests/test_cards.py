@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from helpers import LEARNED, OnEvent, make_trainer
+from helpers import LEARNED, OnEvent, arguments, make_trainer
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.repocard_data import EvalResult, model_index_to_eval_results
 from hypothesis import HealthCheck, given, settings
@@ -27,6 +27,7 @@ from grape_hf.cards import MARKER, main, render_card, template_path, write_card
 from grape_hf.markdown import code
 from grape_hf.metrics import perplexity_from_logits, token_nll
 from grape_hf.run_records import final_results, read_record
+from grape_hf.vision import image_classifier
 
 TOP = Path(__file__).parents[1]
 METHODS = set(get_args(get_type_hints(GrapeArgumentsMixin)["method"]))
@@ -243,9 +244,12 @@ class TestWhenItIsWritten:
             assert "license: mit" in card
 
     def test_never_before_training(self, tmp_path: Path):
-        prepare(tmp_path).create_model_card()
+        trainer = prepare(tmp_path)
+        (tmp_path / "all_results.json").write_text('{"eval_loss": 1.0}')  # of an earlier run
+        trainer.create_model_card()
         text = (tmp_path / "README.md").read_text()
         assert "has not been logged" in text
+        assert "The model has not been evaluated." in text
         assert "### Alignment" not in text
         assert "a data set that was not named" in text
 
@@ -434,3 +438,31 @@ def test_the_cards_in_the_repository_are_cards():
         assert results(path)[1]
         for picture in re.findall(r"!\[.*?\]\((.*?)\)", path.read_text()):
             assert (path.parent / picture).is_file()
+
+
+def test_a_network_of_ours_says_what_must_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = image_classifier("mnist_cnn", ["even", "odd"])
+    images = [{"pixel_values": torch.rand(1, 28, 28), "labels": torch.tensor(i % 2)} for i in range(8)]
+    trainer = GrapeTrainer(model=model, args=arguments(tmp_path / "digits", max_steps=2), train_dataset=images)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    monkeypatch.chdir(tmp_path)
+    python = re.search(r"```python\n(.*?)```", (tmp_path / "digits" / "README.md").read_text(), re.DOTALL)
+    assert python is not None
+    assert python[1].startswith("import grape_hf.vision\n")
+    names: dict[str, Any] = {}
+    exec(python[1], names)
+    pixels = images[0]["pixel_values"][None]
+    with torch.no_grad():
+        assert torch.equal(names["model"](pixels).logits, model.eval()(pixels).logits)
+    assert "image_processor" in names
+
+
+def test_a_model_that_transformers_does_not_know(tmp_path: Path):
+    trainer = prepare(tmp_path)
+    trainer.model.__class__ = type("Mine", (type(trainer.model),), {})
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "`Mine` is not part of transformers." in text
+    assert "```python" not in text
