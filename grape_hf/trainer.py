@@ -56,6 +56,7 @@ class GrapeMixin(_Base):
         self._steps_per_epoch: int | None = None
         self._baseline: Baseline | None = None
         self._micro_batch = (-1, 0)  # optimiser step, number within it
+        self._card_arguments: dict[str, Any] = {}
         self.grape_options = options_of(self.args)
         if self.grape_options.method != "bp":
             self._refuse_settings()
@@ -199,6 +200,73 @@ class GrapeMixin(_Base):
         super()._save_rng_state(output_dir)
         # The last file of every rank but the first: then the first may declare the checkpoint complete.
         self.accelerator.wait_for_everyone()
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        *,
+        bp_results: Mapping[str, float] | str | Path | None = None,
+        **others: Any,
+    ) -> None:
+        """Write the model card, ``README.md`` in the output folder; with ``method="bp"`` it is the stock one.
+
+        What is given here holds for later cards of this Trainer too: ``push_to_hub`` and each checkpoint that is pushed
+        write one.
+
+        Args:
+            language: as for the stock Trainer, like all that follow.
+            license: of the model.
+            tags: tags beside the method's.
+            model_name: name of the model.
+            finetuned_from: model that this one began with.
+            tasks: what the model is for, in the Hub's words.
+            dataset_tags: data sets on the Hub.
+            dataset: their names in plain words.
+            dataset_args: their configurations.
+            bp_results: figures of the same training by the stock Trainer, to stand beside the run's: what its
+                ``evaluate()`` returned, or the folder of that run.
+            **others: arguments of other Trainers' cards.
+        """
+        given = dict(
+            language=language,
+            license=license,
+            tags=[tags] if isinstance(tags, str) else tags,
+            model_name=model_name,
+            finetuned_from=finetuned_from,
+            tasks=tasks,
+            dataset_tags=dataset_tags,
+            dataset=dataset,
+            dataset_args=dataset_args,
+            **others,
+        )
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.grape_options.method == "bp":
+            super().create_model_card(**given)
+            return
+        from grape_hf.cards import render_card  # only here: it takes in much that training does not need
+        from grape_hf.run_records import record_of
+
+        self._card_arguments |= given | ({} if bp_results is None else {"bp_results": bp_results})
+        named = dict(self._card_arguments)
+        compared = named.pop("bp_results", None)
+        # A copy of the tags: the stock card puts its own into the list.
+        super().create_model_card(**named | ({"tags": list(named["tags"])} if "tags" in named else {}))
+        if self.is_world_process_zero():
+            render_card(record_of(self, named), compared).save(Path(self.args.output_dir) / "README.md")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.grape_options.method != "bp":
+            hub_name = (self.args.hub_model_id or "").split("/")[-1]  # as push_to_hub names it
+            self.create_model_card(model_name=self._card_arguments.get("model_name") or hub_name or None)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

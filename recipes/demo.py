@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from grape_hf.cards import write_card
 from grape_hf.plots import plot_runs, read_history
 
 RECIPES = Path(__file__).resolve().parent
@@ -31,6 +32,7 @@ def main() -> None:
     plot = plot_runs({name: read_history(output / method) for method, name in METHODS.items()}, output / "demo.png")
     table = make_table(results)
     (output / "table.md").write_text(table, encoding="utf-8")
+    write_card(output / "grape", bp_results=output / "bp")  # again, now that there is something to compare with
     print(f"\n=== Both trained on the {results['grape']['dataset']} ===\n\n{table}")
     print(f"Loss curves and alignment: {plot}")
     print(f"The model, for AutoModelForCausalLM.from_pretrained: {output / 'grape'}")

@@ -197,10 +197,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not data_args.evaluate_only:
         trainer.save_state()
         trainer.save_model()
-        trainer.create_model_card(dataset=data.name, dataset_tags=data.hub_id, tasks="image-classification")
         if trainer.is_world_process_zero():
-            add_to_card(Path(training_args.output_dir), loading_note(model_args.architecture))
             write_history(Path(training_args.output_dir), trainer.state.log_history, training_args.method)
+        trainer.create_model_card(dataset=data.name, dataset_tags=data.hub_id, tasks="image-classification")
+        if trainer.is_world_process_zero() and training_args.method == "bp":  # whose card is the stock one
+            add_to_card(Path(training_args.output_dir), loading_note(model_args.architecture))
     return results
 
 

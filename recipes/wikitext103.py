@@ -136,12 +136,12 @@ def main() -> None:
     save_metrics(trainer, "eval", {"dataset": data.name, "method": training_args.method} | trainer.evaluate())
     trainer.save_state()
     trainer.save_model()
-    trainer.create_model_card(dataset=data.name, dataset_tags=data.hub_id, tasks="text-generation")
     if trainer.is_world_process_zero():
         output = Path(training_args.output_dir)
         prompt = torch.tensor(validation_blocks[0]["input_ids"][: data_args.context // 4])
         write_sample(output, prompt, data_args.context, training_args.seed)
         write_alignment(output, trainer.state.log_history, training_args.method)
+    trainer.create_model_card(dataset=data.name, dataset_tags=data.hub_id, tasks="text-generation")
 
 
 def load_data(args: DataArguments) -> TextData:

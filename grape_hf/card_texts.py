@@ -1,0 +1,94 @@
+"""What a model card says of each method: three sentences, tags for the Hub, and whom to cite."""
+
+from dataclasses import dataclass
+
+_PAPER = "Scaling Direct Feedback Learning with Jacobian Alignment Guarantees"
+_URL = "https://openreview.net/forum?id=kasbbmwk3s"
+_STAR = (
+    "the error at the output goes to all blocks of the network at once, through a feedback matrix B_l for each, and "
+    "every block backpropagates it through itself only"
+)
+
+
+@dataclass(frozen=True)
+class MethodText:
+    """One method in the words of a card.
+
+    Attributes:
+        name: in running text.
+        about: what it is, three sentences at most.
+        reference: the paper it is from.
+        tags: for the Hub.
+        bibtex: an entry to copy, where there is one.
+    """
+
+    name: str
+    about: str
+    reference: str
+    tags: tuple[str, ...]
+    bibtex: str = ""
+
+
+# Method "bp" has none: its card is the stock Trainer's.
+METHOD_TEXTS = {
+    "grape": MethodText(
+        "GrAPE",
+        f"With GrAPE, {_STAR}; no chain of backward passes orders the blocks' updates. B_l stands in for the "
+        "transposed Jacobian of all that lies above block l, and learns it from forward-mode derivatives on a part of "
+        "the batch. Where the options ask for it, a few steps are ordinary backpropagation, to bring weights and "
+        "feedback back into line (calibration).",
+        f"*{_PAPER}*, ICLR 2026, {_URL}",
+        ("grape", "direct-feedback-alignment"),
+        f"@inproceedings{{grape2026,\n  title     = {{{_PAPER}}},\n"
+        "  booktitle = {International Conference on Learning Representations},\n"
+        f"  year      = {{2026}},\n  url       = {{{_URL}}}\n}}",
+    ),
+    "dfa": MethodText(
+        "direct feedback alignment (DFA)",
+        f"With DFA, {_STAR}; no chain of backward passes orders the blocks' updates. The matrices B_l stay as they "
+        "were at the start: it is the weights that come into line with them. Where the options ask for it, a few steps "
+        "are ordinary backpropagation (calibration).",
+        "Nøkland, *Direct feedback alignment provides learning in deep neural networks*, NeurIPS 2016; calibration: "
+        f"*{_PAPER}*, ICLR 2026, {_URL}",
+        ("direct-feedback-alignment",),
+    ),
+    "fdfa": MethodText(
+        "forward direct feedback alignment (FDFA)",
+        f"With FDFA, {_STAR}. B_l is a moving average of Jacobians that are estimated with forward-mode derivatives at "
+        "every step, and starts at zero.",
+        "Bacho & Chu, *Low-variance forward gradients using direct feedback alignment and momentum*, Neural Networks "
+        "2024",
+        ("direct-feedback-alignment", "forward-gradient"),
+    ),
+    "dkp": MethodText(
+        "direct Kolen-Pollack (DKP)",
+        f"With DKP, {_STAR}. B_l learns as a forward weight from block l straight to the output would, with the same "
+        "rate and decay.",
+        "Webster, Choi & Ahn, *Learning the connections in direct feedback alignment*, 2021",
+        ("direct-feedback-alignment",),
+    ),
+    "fa": MethodText(
+        "feedback alignment (FA)",
+        "With FA, errors travel back layer by layer through fixed random matrices, in place of the transposed weights "
+        "that backpropagation uses.",
+        "Lillicrap, Cownden, Tweed & Akerman, *Random synaptic feedback weights support error backpropagation for deep "
+        "learning*, Nature Communications 2016",
+        ("feedback-alignment",),
+    ),
+    "forward_gradient": MethodText(
+        "forward gradients",
+        "With forward gradients, weights follow random directions, each times the derivative of the loss along it, "
+        "which forward-mode differentiation gives without a backward pass through the network.",
+        "Baydin, Pearlmutter, Syme, Wood & Torr, *Gradients without backpropagation*, 2022; in activation space: Ren, "
+        "Kornblith, Liao & Hinton, *Scaling forward gradient with local losses*, ICLR 2023",
+        ("forward-gradient",),
+    ),
+    "pepita": MethodText(
+        "PEPITA",
+        "With PEPITA there is no backward pass: a second forward starts from an input that the error has moved, and "
+        "weights learn from the difference between the two.",
+        "Dellaferrera & Kreiman, *Error-driven input modulation: solving the credit assignment problem without a "
+        "backward pass*, ICML 2022",
+        ("pepita",),
+    ),
+}
