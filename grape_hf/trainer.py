@@ -263,7 +263,8 @@ class GrapeMixin(_Base):
             render_card(record_of(self, named), compared).save(Path(self.args.output_dir) / "README.md")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.grape_options.method != "bp":
+        # Of a model without a configuration the stock Trainer makes no card, and uploads it without.
+        if self.grape_options.method != "bp" and hasattr(self.model, "config"):
             hub_name = (self.args.hub_model_id or "").split("/")[-1]  # as push_to_hub names it
             self.create_model_card(model_name=self._card_arguments.get("model_name") or hub_name or None)
         super()._push_from_checkpoint(checkpoint_folder)

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.repocard_data import EvalResult, model_index_to_eval_results
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import DROPOUT, GPT2, Problem
+from problems import DROPOUT, GPT2, PLAIN, Problem
 from transformers import Trainer
 
 from grape_hf import GrapeArgumentsMixin, GrapeTrainer
@@ -242,6 +242,13 @@ class TestWhenItIsWritten:
             assert "The model has not been evaluated." in card
             assert "`Novels of 1900`" in card
             assert "license: mit" in card
+
+    def test_a_model_without_a_configuration_is_saved_without_one(self, tmp_path: Path):
+        trainer = make_trainer(PLAIN, tmp_path, max_steps=1, save_strategy="steps", save_steps=1, hub_strategy="end")
+        trainer.args.push_to_hub = True
+        trainer.train()
+        assert (tmp_path / "checkpoint-1" / "trainer_state.json").is_file()
+        assert not (tmp_path / "README.md").exists()
 
     def test_never_before_training(self, tmp_path: Path):
         trainer = prepare(tmp_path)
