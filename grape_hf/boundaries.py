@@ -312,6 +312,7 @@ class _BroadcastMode(_Mode):
         self.layout, self.copied, self.pooled = boundaries.layout, boundaries.copied, boundaries.pooled
         self.star = _Star(self.layout)  # of the forward under way
         self.keep, self.forwards = keep, list[Forward]()
+        self.outputs: list[Any] = []  # where the stars of earlier forwards begin
         self.waiting: dict[int, Tensor | None] = {}  # by boundary; None where nothing before it is trained
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
@@ -322,6 +323,11 @@ class _BroadcastMode(_Mode):
                 f"block {index + 1} ({type(block).__name__}) ran after block {max(self.waiting) + 1}, before y was "
                 "reached. Direct feedback needs blocks that run once each, in order, in every forward that leads to y. "
                 'With several forwards for one head use feedback_space="hidden"; else name other blocks.'
+            )
+        if index == 0 and self.outputs and any(node in self.outputs for node in graph_of(h)):
+            raise RuntimeError(
+                f"block 1 ({type(block).__name__}) ran again on what the last block had made of its output. Direct "
+                "feedback needs a chain of blocks that run once each: name others with the option `blocks`."
             )
         if self.keep:
             if not self.waiting:
@@ -347,6 +353,7 @@ class _BroadcastMode(_Mode):
         receivers = [r for r in self.waiting.values() if r is not None]
         if receivers:
             y = _Broadcast.apply(self.star, y, *receivers)
+            self.outputs.append(y.grad_fn)
         if self.keep and self.waiting:
             self.forwards[-1].y = _keep_grad(y)
         self.waiting, self.star = {}, _Star(self.layout)  # a further forward for the same loss is a star of its own
@@ -397,6 +404,19 @@ class _PerturbMode(_Mode):
         if not self.whole:
             raise OutputReached
         return y.detach()  # leaves the tangent behind, too
+
+
+def graph_of(h: Tensor) -> Iterator[Any]:
+    """Yield the nodes of autograd's graph behind ``h``."""
+    nodes: list[Any] = [h.grad_fn]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        yield node
+        seen.add(node)
+        nodes.extend(parent for parent, _ in node.next_functions)
 
 
 def _keep_grad(h: Tensor) -> Tensor:

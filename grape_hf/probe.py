@@ -6,12 +6,11 @@ otherwise is refused here, before anything is trained.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grape_hf.boundaries import Boundaries
+from grape_hf.boundaries import Boundaries, OutputNotReachedError, graph_of
 from grape_hf.isolation import isolated
 
 
@@ -62,9 +61,13 @@ def probe(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object
         passed_on.append((leaf, leaf.clone()))  # a leaf may not be changed in place, and says nothing of it
         return passed_on[-1][1]
 
-    with isolated(model), torch.enable_grad(), boundaries.attached(), boundaries.perturb(look) as seen:
-        model.eval()  # a batch norm has no batch statistics of one sample
-        forward()
+    try:
+        with isolated(model), torch.enable_grad(), boundaries.attached(), boundaries.perturb(look) as seen:
+            model.eval()  # a batch norm has no batch statistics of one sample
+            forward()
+    except OutputNotReachedError:
+        if order == list(range(len(boundaries))):
+            raise  # else what is wrong is the order
     if order != list(range(len(boundaries))):
         raise RuntimeError(
             f"expected blocks 1 to {len(boundaries)} to run once each and in order, saw them run in the order "
@@ -102,14 +105,4 @@ def _check_chain(boundaries: Boundaries, index: int, h: Tensor, leaves: list[Ten
 
 def _reaches(h: Tensor, leaf: Tensor) -> bool:
     """Whether ``leaf`` is in the graph of ``h``."""
-    nodes: list[Any] = [h.grad_fn]
-    seen: set[Any] = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if getattr(node, "variable", None) is leaf:
-            return True
-        seen.add(node)
-        nodes.extend(parent for parent, _ in node.next_functions)
-    return False
+    return any(getattr(node, "variable", None) is leaf for node in graph_of(h))

@@ -21,17 +21,14 @@ from torch import Tensor, nn
 
 from grape_hf.alignment import delta_alignment, delta_products, exact_alignment, feedback_alignment
 from grape_hf.baselines import dkp
-from grape_hf.blocks import find_blocks, find_encoder, find_head
-from grape_hf.boundaries import Boundaries, Matrix, OutputNotReachedError
+from grape_hf.boundaries import Matrix
 from grape_hf.calibration import CalibrationSchedule
-from grape_hf.feedback import Feedback, FeedbackInit, initial_feedback, refit_moments
+from grape_hf.feedback import Feedback, refit_moments
 from grape_hf.guard import DriftGuard, FiniteGuard
 from grape_hf.isolation import isolated
 from grape_hf.jacobian import ForwardModeError, JacobianSum, JvpMode, Noise, jacobian_terms
-from grape_hf.layout import Layout
-from grape_hf.probe import Probe, probe
+from grape_hf.points import FeedbackPoints
 from grape_hf.ranks import ALONE, Ranks, is_sharded
-from grape_hf.shortcut import shortcut_feedback
 from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
 
 logger = logging.getLogger(__name__)
@@ -68,16 +65,8 @@ class GrapeRun:
     ) -> None:
         self.model, self.options, self.seed = model, options, seed
         self.ranks, self.restartable, self.sharded = ranks, restartable, is_sharded(model)
-        found = find_blocks(model, options.blocks)
-        encoder = find_encoder(model)
-        self._encoder = set() if encoder is None else set(encoder.modules())
-        named: dict[str, nn.Module] = {}
-        for inside in (True, False):  # a group of blocks does not reach from an encoder into its decoder
-            stack = {name: block for name, block in found.items() if (block in self._encoder) is inside}
-            named |= feedback_blocks(stack, options.blocks_per_feedback)
-        self.block_names, self.blocks = list(named)[:-1], list(named.values())
-        if options.feedback_space == "logits":
-            find_head(model)
+        self._points = FeedbackPoints(model, options)
+        self.block_names, self.blocks = self._points.names, self._points.blocks
         kinds = (nn.Conv2d, nn.Conv3d)
         self._convolutional = any(isinstance(m, kinds) for block in self.blocks for m in block.modules())
         if self._convolutional and options.method == "grape" and options.grape_preset == "recommended":
@@ -104,11 +93,11 @@ class GrapeRun:
         """
         self.close()
         self.schedule = calibration_schedule(self.options, self.seed, steps_per_epoch)
-        space, self.boundaries, shapes = self._look(forward)
-        self._refuse_size(shapes)
-        options = self.options
+        options, points = self.options, self._points
+        space, self.boundaries, shapes = points.look(forward, self.sharded)
+        points.refuse_size(shapes)
         # Each rank has looked at samples of its own.
-        B = self.ranks.first(self._initial_feedback(space, shapes, forward))
+        B = self.ranks.first(points.initial_feedback(space, self.boundaries, shapes, forward, self.seed))
         finite = FiniteGuard(options.max_skipped_refinements)
         rate = options.feedback_lr or 0.0
         self.feedback = Feedback(B, options.feedback_rule or "lms", rate, self._normalize(), finite)
@@ -356,90 +345,6 @@ class GrapeRun:
         """Whether the hooks are on the model."""
         return self._started
 
-    def _look(self, forward: Callable[[], object]) -> tuple[str, Boundaries, Probe]:
-        """Decide where the error is measured, and run a sample through the boundaries that follow from it."""
-        space = self.options.feedback_space or "auto"
-        # timm's way of saying that maps are (batch, H, W, C).
-        channels_last = any(str(getattr(m, "output_fmt", "")).endswith("NHWC") for m in self.model.modules())
-        layout = Layout(self.options.feedback_sharing or "auto", channels_last)
-
-        def look(output: nn.Module | None) -> tuple[Boundaries, Probe]:
-            boundaries = Boundaries(self.blocks, output, layout, self.sharded, self._pooled(output))
-            return boundaries, probe(self.model, boundaries, forward)
-
-        try:
-            head = None if space == "hidden" else find_head(self.model)
-        except ValueError:
-            if space == "logits":
-                raise
-            head = None
-        if head is None:
-            return "hidden", *look(None)
-        if space == "logits":
-            return "logits", *look(head)
-        hidden = look(None)
-        if getattr(head, "out_features", 0) >= hidden[1].n_y:
-            return "hidden", *hidden  # without a look at the head: not every loss calls it, nor takes a single sample
-        try:
-            logits = look(head)
-        except OutputNotReachedError:
-            return "hidden", *hidden
-        return ("logits", *logits) if logits[1].n_y < hidden[1].n_y else ("hidden", *hidden)
-
-    def _pooled(self, output: nn.Module | None) -> set[int]:
-        """The boundaries in an encoder, if y is not in it."""
-        if (output or self.blocks[-1]) in self._encoder:
-            return set()
-        return {index for index, block in enumerate(self.blocks[:-1]) if block in self._encoder}
-
-    def _initial_feedback(self, space: str, shapes: Probe, forward: Callable[[], object]) -> list[Tensor]:
-        init, pooled = self.options.feedback_init or "auto", self.boundaries.pooled
-        square = space == "hidden" and all(h.shape[-1] == shapes.n_y for h in shapes.h)
-        if init == "identity" and pooled:
-            raise ValueError(
-                f'feedback_init="identity" is the Jacobian of the shortcut path, and none leads from '
-                f'{self.block_names[min(pooled)]}, a block of the encoder, to y. Use "auto", "gaussian" or "zero".'
-            )
-        # No shortcut path leads out of an encoder: B_l starts from zero there if it is to learn.
-        of_encoder: FeedbackInit | None = None
-        if init == "auto":
-            init = "identity" if square else "gaussian"
-            of_encoder = "zero" if self.options.method in ESTIMATING else "gaussian"
-        total, numbers = len(shapes.h), sum(shapes.sizes)
-        logger.info(
-            f"GrAPE: {len(self.blocks)} blocks, errors measured in {space} space ({shapes.n_y} numbers), {init} start; "
-            f"{total} feedback matrices of {numbers:,} numbers, {numbers * 4 / 2**20:.1f} MiB."
-        )
-        if init == "identity" and not square:
-            if self.sharded:
-                raise ValueError(
-                    'feedback_init="identity" takes the weights of the residual branches away for a while where h_l '
-                    'and y differ in size, and FSDP2 shards them. Use feedback_init="gaussian" or "zero", or DDP.'
-                )
-            return shortcut_feedback(self.model, self.boundaries, forward, self.block_names)
-        generator = torch.Generator().manual_seed(self.seed)
-        inits = [of_encoder or init if index in pooled else init for index in range(total)]
-        return [
-            initial_feedback(kind, h.shape[-1], shapes.n_y, generator, torch.promote_types(h.dtype, torch.float32)).to(
-                h.device
-            )
-            for kind, h in zip(inits, shapes.h, strict=True)
-        ]
-
-    def _refuse_size(self, shapes: Probe) -> None:
-        size, limit = sum(shapes.sizes) * 4 / 2**30, self.options.feedback_size_limit
-        if size <= limit:
-            return
-        largest = max(range(len(shapes.sizes)), key=shapes.sizes.__getitem__)
-        h = shapes.h[largest].shape[-1]
-        raise ValueError(
-            f"the feedback matrices would take {size:.1f} GiB, more than feedback_size_limit={limit} allows; the "
-            f"largest, at {self.block_names[largest]}, is {h:,} x {shapes.n_y:,}. Share one matrix among the positions "
-            'of a map (feedback_sharing="position" or "grid"), use fewer feedback points (blocks_per_feedback), '
-            'measure the error where it has fewer numbers (feedback_space="logits" for few classes), or raise the '
-            "limit."
-        )
-
     def _is_frozen_identity(self) -> bool:
         """Whether all B_l are identities and stay so: the products with them can be left out."""
         options, B = self.options, self.feedback.B
@@ -490,13 +395,3 @@ def calibration_schedule(options: GrapeArgumentsMixin, seed: int, steps_per_epoc
         seed,
         steps_per_epoch,
     )
-
-
-def feedback_blocks(blocks: dict[str, nn.Module], per_feedback: int) -> dict[str, nn.Module]:
-    """Keep the blocks at whose outputs errors arrive: every ``per_feedback``-th, and the last."""
-    last = len(blocks) - 1
-    return {
-        name: block
-        for i, (name, block) in enumerate(blocks.items())
-        if i == last or ((i + 1) % per_feedback == 0 and last - i >= per_feedback)
-    }

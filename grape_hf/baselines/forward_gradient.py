@@ -41,7 +41,7 @@ from grape_hf.blocks import find_blocks
 from grape_hf.boundaries import Boundaries, _Mode
 from grape_hf.isolation import isolated
 from grape_hf.jacobian import ForwardModeError, Noise, _dual_runner
-from grape_hf.run import feedback_blocks
+from grape_hf.points import feedback_blocks
 from grape_hf.training_args import GrapeArgumentsMixin
 
 

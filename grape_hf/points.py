@@ -1,0 +1,172 @@
+"""Where a model is cut: its feedback points, the output that the error is measured at, and the first B_l.
+
+What the options leave open is decided here, by the model's modules at first and then by one look at a forward; what
+does not suit the model is refused. Nothing here is remembered from step to step (``run.py``).
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from grape_hf.blocks import find_blocks, find_encoder, find_head
+from grape_hf.boundaries import Boundaries, OutputNotReachedError
+from grape_hf.feedback import FeedbackInit, initial_feedback
+from grape_hf.layout import Layout
+from grape_hf.probe import Probe, probe
+from grape_hf.shortcut import shortcut_feedback
+from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
+
+logger = logging.getLogger(__name__)
+
+
+class FeedbackPoints:
+    """The blocks at whose outputs errors arrive.
+
+    Args:
+        model: the model.
+        options: GrAPE's options.
+
+    Attributes:
+        blocks: f_1 .. f_L; where several blocks share a feedback point, the last of each group.
+        names: their names, without the last one's, as the last has no feedback point.
+
+    Raises:
+        ValueError: if no blocks are found, or no head where ``feedback_space="logits"``.
+    """
+
+    def __init__(self, model: nn.Module, options: GrapeArgumentsMixin) -> None:
+        self.model, self.options = model, options
+        found = find_blocks(model, options.blocks)
+        encoder = find_encoder(model)
+        self._encoder = set() if encoder is None else set(encoder.modules())
+        named: dict[str, nn.Module] = {}
+        for inside in (True, False):  # a group of blocks does not reach from an encoder into its decoder
+            stack = {name: block for name, block in found.items() if (block in self._encoder) is inside}
+            named |= feedback_blocks(stack, options.blocks_per_feedback)
+        self.names, self.blocks = list(named)[:-1], list(named.values())
+        if options.feedback_space == "logits":
+            find_head(model)
+
+    def look(self, forward: Callable[[], object], whole: bool = False) -> tuple[str, Boundaries, Probe]:
+        """Decide where the error is measured, and run a sample through the boundaries that follow from it.
+
+        Args:
+            forward: runs the model on a sample or more.
+            whole: as for ``Boundaries``.
+
+        Raises:
+            ValueError: if ``feedback_space="logits"`` and the model has no head.
+            RuntimeError: if the blocks do not run once each, in order, each on the output of the one before.
+        """
+        space = self.options.feedback_space or "auto"
+        # timm's way of saying that maps are (batch, H, W, C).
+        channels_last = any(str(getattr(m, "output_fmt", "")).endswith("NHWC") for m in self.model.modules())
+        layout = Layout(self.options.feedback_sharing or "auto", channels_last)
+
+        def look(output: nn.Module | None) -> tuple[Boundaries, Probe]:
+            boundaries = Boundaries(self.blocks, output, layout, whole, self._pooled(output))
+            return boundaries, probe(self.model, boundaries, forward)
+
+        try:
+            head = None if space == "hidden" else find_head(self.model)
+        except ValueError:
+            if space == "logits":
+                raise
+            head = None
+        if head is None:
+            return "hidden", *look(None)
+        if space == "logits":
+            return "logits", *look(head)
+        hidden = look(None)
+        if getattr(head, "out_features", 0) >= hidden[1].n_y:
+            return "hidden", *hidden  # without a look at the head: not every loss calls it, nor takes a single sample
+        try:
+            logits = look(head)
+        except OutputNotReachedError:
+            return "hidden", *hidden
+        return ("logits", *logits) if logits[1].n_y < hidden[1].n_y else ("hidden", *hidden)
+
+    def initial_feedback(
+        self, space: str, boundaries: Boundaries, shapes: Probe, forward: Callable[[], object], seed: int
+    ) -> list[Tensor]:
+        """Make the first B_1 .. B_{L-1}, each ``(n_l, n_y)``, by ``feedback_init``.
+
+        Args:
+            space: what ``look`` returned, like the two that follow.
+            boundaries: not attached at present.
+            shapes: of h_l and y.
+            forward: runs the model; its samples matter to the start from a shortcut path alone.
+            seed: of a gaussian start.
+
+        Raises:
+            ValueError: if ``feedback_init`` does not suit the shapes or the blocks.
+        """
+        init, pooled = self.options.feedback_init or "auto", boundaries.pooled
+        square = space == "hidden" and all(h.shape[-1] == shapes.n_y for h in shapes.h)
+        if init == "identity" and pooled:
+            raise ValueError(
+                f'feedback_init="identity" is the Jacobian of the shortcut path, and none leads from '
+                f'{self.names[min(pooled)]}, a block of the encoder, to y. Use "auto", "gaussian" or "zero".'
+            )
+        # No shortcut path leads out of an encoder: B_l starts from zero there if it is to learn.
+        of_encoder: FeedbackInit | None = None
+        if init == "auto":
+            init = "identity" if square else "gaussian"
+            of_encoder = "zero" if self.options.method in ESTIMATING else "gaussian"
+        total, numbers = len(shapes.h), sum(shapes.sizes)
+        logger.info(
+            f"GrAPE: {len(self.blocks)} blocks, errors measured in {space} space ({shapes.n_y} numbers), {init} start; "
+            f"{total} feedback matrices of {numbers:,} numbers, {numbers * 4 / 2**20:.1f} MiB."
+        )
+        if init == "identity" and not square:
+            if boundaries.whole:
+                raise ValueError(
+                    'feedback_init="identity" takes the weights of the residual branches away for a while where h_l '
+                    'and y differ in size, and FSDP2 shards them. Use feedback_init="gaussian" or "zero", or DDP.'
+                )
+            return shortcut_feedback(self.model, boundaries, forward, self.names)
+        generator = torch.Generator().manual_seed(seed)
+        inits = [of_encoder or init if index in pooled else init for index in range(total)]
+        return [
+            initial_feedback(kind, h.shape[-1], shapes.n_y, generator, torch.promote_types(h.dtype, torch.float32)).to(
+                h.device
+            )
+            for kind, h in zip(inits, shapes.h, strict=True)
+        ]
+
+    def refuse_size(self, shapes: Probe) -> None:
+        """Refuse matrices that are larger together than ``feedback_size_limit``, before they are made.
+
+        Raises:
+            ValueError: with the size, the largest of them, and the ways out.
+        """
+        size, limit = sum(shapes.sizes) * 4 / 2**30, self.options.feedback_size_limit
+        if size <= limit:
+            return
+        largest = max(range(len(shapes.sizes)), key=shapes.sizes.__getitem__)
+        h = shapes.h[largest].shape[-1]
+        raise ValueError(
+            f"the feedback matrices would take {size:.1f} GiB, more than feedback_size_limit={limit} allows; the "
+            f"largest, at {self.names[largest]}, is {h:,} x {shapes.n_y:,}. Share one matrix among the positions "
+            'of a map (feedback_sharing="position" or "grid"), use fewer feedback points (blocks_per_feedback), '
+            'measure the error where it has fewer numbers (feedback_space="logits" for few classes), or raise the '
+            "limit."
+        )
+
+    def _pooled(self, output: nn.Module | None) -> set[int]:
+        """The boundaries in an encoder, if y is not in it."""
+        if (output or self.blocks[-1]) in self._encoder:
+            return set()
+        return {index for index, block in enumerate(self.blocks[:-1]) if block in self._encoder}
+
+
+def feedback_blocks(blocks: dict[str, nn.Module], per_feedback: int) -> dict[str, nn.Module]:
+    """Keep the blocks at whose outputs errors arrive: every ``per_feedback``-th, and the last."""
+    last = len(blocks) - 1
+    return {
+        name: block
+        for i, (name, block) in enumerate(blocks.items())
+        if i == last or ((i + 1) % per_feedback == 0 and last - i >= per_feedback)
+    }
