@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers import LEARNED, assert_same, count_hooks, differ, logged, make_trainer, train, weights
 from killed import KILLED_AT, RUN
+from packaging.version import Version
 from problems import DROPOUT, GPT2, NOISY, PLAIN, WIDTH, PlainLanguageModel, Problem
 from test_checkpoints import run_killed
 from test_trainer import CHECKPOINTING
@@ -240,6 +242,10 @@ def test_feedback_of_another_grouping_or_model_is_refused(other, tmp_path):
         refused(tmp_path / "resumed", saved, **LEARNED | other)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason='transformers 5.17 loads the optimiser to "cpu:0" on several CPU ranks, which torch refuses; 5.23 does not',
+)
 def test_one_of_two_ranks_is_killed_in_a_save(tmp_path):
     """The first rank must not call a checkpoint complete that lacks the second's file; both go on from the last."""
     first, other, *rest = run_killed("ranks", tmp_path)
