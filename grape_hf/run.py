@@ -299,16 +299,15 @@ class GrapeRun:
             head = None
         if head is None:
             return "hidden", *look(None)
-        if space == "logits":
-            return "logits", *look(head)
-        hidden = look(None)
-        if getattr(head, "out_features", 0) >= hidden[1].n_y:
-            return "hidden", *hidden  # without a look at the head: not every loss calls it, nor takes a single sample
         try:
             logits = look(head)
         except OutputNotReachedError:
+            if space == "logits":
+                raise
+            return "hidden", *look(None)
+        if space == "auto" and (hidden := look(None))[1].n_y <= logits[1].n_y:
             return "hidden", *hidden
-        return ("logits", *logits) if logits[1].n_y < hidden[1].n_y else ("hidden", *hidden)
+        return "logits", *logits
 
     def _pooled(self, output: nn.Module | None) -> set[int]:
         """The boundaries in an encoder, if y is not in it."""
