@@ -248,8 +248,8 @@ class Boundaries:
             yield mode.forward
         if mode.forward.y is None:
             raise OutputNotReachedError(
-                "the forward ended before the output of the last block or head was computed. trl and fused kernels "
-                'compute the loss without calling the head: use feedback_space="hidden".'
+                f"the forward ended before y, the output of the {type(self.output).__name__}, was computed. trl and "
+                'fused kernels compute the loss without calling the head: use feedback_space="hidden".'
             )
 
     @contextmanager

@@ -77,16 +77,15 @@ class FeedbackPoints:
             head = None
         if head is None:
             return "hidden", *look(None)
-        if space == "logits":
-            return "logits", *look(head)
-        hidden = look(None)
-        if getattr(head, "out_features", 0) >= hidden[1].n_y:
-            return "hidden", *hidden  # without a look at the head: not every loss calls it, nor takes a single sample
         try:
             logits = look(head)
-        except OutputNotReachedError:
+        except OutputNotReachedError:  # not every loss calls the head, or takes a single sample
+            if space == "logits":
+                raise
+            return "hidden", *look(None)
+        if space == "auto" and (hidden := look(None))[1].n_y <= logits[1].n_y:
             return "hidden", *hidden
-        return ("logits", *logits) if logits[1].n_y < hidden[1].n_y else ("hidden", *hidden)
+        return "logits", *logits
 
     def initial_feedback(
         self, space: str, boundaries: Boundaries, shapes: Probe, forward: Callable[[], object], seed: int

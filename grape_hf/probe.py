@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grape_hf.boundaries import Boundaries, OutputNotReachedError, graph_of
+from grape_hf.boundaries import Boundaries, OutputNotReachedError, OutputReached, graph_of
 from grape_hf.isolation import isolated
 
 
@@ -41,6 +41,7 @@ def probe(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object
         forward: runs the model on a sample or more.
 
     Raises:
+        OutputNotReachedError: if the forward ended, or failed, behind the blocks and before y.
         RuntimeError: if the blocks do not run once each, in order, each on the output of the one before, up to y, or
             if their activations do not begin with the batch.
     """
@@ -64,7 +65,17 @@ def probe(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object
     try:
         with isolated(model), torch.enable_grad(), boundaries.attached(), boundaries.perturb(look) as seen:
             model.eval()  # a batch norm has no batch statistics of one sample
-            forward()
+            try:
+                forward()
+            except OutputReached:
+                raise
+            except Exception as error:
+                if len(order) < len(boundaries):
+                    raise
+                # Behind the blocks a loss that never calls the head went wrong: that of preferences, on one sample.
+                raise OutputNotReachedError(
+                    f"the forward failed before y, the output of the {type(boundaries.output).__name__}: {error!r}"
+                ) from error
     except OutputNotReachedError:
         if order == list(range(len(boundaries))):
             raise  # else what is wrong is the order
@@ -92,6 +103,8 @@ def _check_chain(boundaries: Boundaries, index: int, h: Tensor, leaves: list[Ten
     # Every block of a decoder also works on the encoder's output, which is cut as well.
     encoder = max(boundaries.pooled, default=index)
     allowed = {index - 1, encoder} if index > encoder else {index - 1}
+    if index == len(boundaries):  # y: what else it works on is in its Jacobian
+        allowed.update(used)
     if index - 1 not in used or not allowed.issuperset(used):
         names = ", ".join(f"h_{i + 1}" for i in used) or "none of them"
         block = type(boundaries.blocks[index]).__name__

@@ -151,6 +151,16 @@ def test_estimates_of_an_encoder_are_of_all_pairs_of_positions():
         torch.testing.assert_close(residual.sums[i], expected - taken)
 
 
+def test_padding_of_sources_is_no_padding_of_targets():
+    model, batch = BART.build().double(), batch_of(BART, targets=8)
+    mask = batch["attention_mask"]
+    run, noise = started(model, batch), Noise(0, 0, range(3))
+    with isolated(model):
+        terms = jacobian_terms(run.boundaries, lambda: model(**batch), noise, mask=mask)
+    run.close()
+    assert [int(n) for n in terms.counts] == [21, 21, 24, 24]  # 3 of 24 positions are padding
+
+
 def test_exact_deltas_of_an_encoder_meet_the_summed_error():
     model, batch = BART.build().double(), batch_of(BART, targets=8)
     run = started(model, batch)

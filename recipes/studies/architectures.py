@@ -106,7 +106,8 @@ def complaints(row: dict[str, Any], jumps: bool) -> Iterable[str]:
         jumps: the model is not continuous, so that finite differences are no reference.
     """
     if "exact" in row:
-        if not row["exact"] > 0.9:  # 0.93 by finite differences in RepVGG, whose 21 blocks are curved; else 0.99
+        # By finite differences 0.93 in RepVGG, whose 21 blocks add up three norms each; else 0.99.
+        if not row["exact"] > (0.9999 if row["mode"] == "dual" else 0.9):
             yield "the estimate is not what autograd gives"
         if not row["difference"] > 0.98 and not jumps:
             yield "the estimate is not what finite differences give"
