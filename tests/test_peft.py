@@ -30,6 +30,11 @@ from grape_hf import GrapeTrainer
 from grape_hf.blocks import find_blocks
 from grape_hf.boundaries import Boundaries
 
+# peft 0.19 where a base model has no name on the Hub, or shares its head with the embeddings.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+]
 LLAMA = PADDED
 COMMON = dict(task_type="CAUSAL_LM")
 LORA = {
