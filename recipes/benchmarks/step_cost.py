@@ -28,6 +28,7 @@ import multiprocessing
 import platform
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -73,12 +74,13 @@ def main() -> None:
 def read_setting() -> dict[str, Any]:
     """Read the YAML file, and from the command line what is to differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default=str(Path(__file__).with_suffix(".yaml")))
-    setting: dict[str, Any] = yaml.safe_load(Path(parser.parse_known_args()[0].config).read_text())
+    words = sys.argv[1:]
+    config = Path(words.pop(0)) if words and words[0].endswith(".yaml") else Path(__file__).with_suffix(".yaml")
+    setting: dict[str, Any] = yaml.safe_load(config.read_text())
     for name, value in setting.items():
         if not isinstance(value, dict):
             parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default: {value}")
-    return setting | vars(parser.parse_args())
+    return setting | vars(parser.parse_args(words))
 
 
 class Clock(TrainerCallback):
