@@ -42,7 +42,11 @@ FILES = [
 def run_killed(*words: str | Path, runs: dict[str, Any] | None = None) -> list[int]:
     """Run tests/killed.py; return the exit statuses of its processes."""
     command = [sys.executable, str(Path(__file__).parent / "killed.py"), *map(str, words)]
-    done = subprocess.run(command, input=json.dumps(runs), capture_output=True, text=True, timeout=240)
+    # The same number of threads: a sum in other parts is another sum in its last digits.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        command, input=json.dumps(runs), capture_output=True, text=True, timeout=240, env=os.environ | threads
+    )
     assert done.returncode == 0, done.stderr
     return [int(line) for line in done.stdout.splitlines() if line.lstrip("-").isdigit()]
 
