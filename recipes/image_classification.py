@@ -20,8 +20,6 @@ processor, which ``pipeline("image-classification")`` opens (this package's own 
 card.
 """
 
-import importlib.util
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -30,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from accelerate.utils import gather_object
+from common import parse_overrides, same_on_every_process, save_metrics, write_history
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import (
     AutoConfig,
@@ -48,8 +45,6 @@ from grape_hf.parsing import parse_recipe
 from grape_hf.vision import image_classifier, loading_note, networks
 from grape_hf.vision.data import EpochDraws, Images, mean_and_std
 from grape_hf.vision.sources import ImageData, Split, load_images
-
-logger = logging.getLogger("image_classification")
 
 
 @dataclass
@@ -195,19 +190,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         save_metrics(trainer, "test", names | tested)
         results |= tested
     if not data_args.evaluate_only:
+        output = Path(training_args.output_dir)
         trainer.save_state()
         trainer.save_model()
         if trainer.is_world_process_zero():
-            write_history(Path(training_args.output_dir), trainer.state.log_history, training_args.method)
+            values = ["loss", "eval_accuracy"]
+            write_history(output, trainer.state.log_history, training_args.method, "curves.png", values)
         trainer.create_model_card(dataset=data.name, dataset_tags=data.hub_id, tasks="image-classification")
         if trainer.is_world_process_zero() and training_args.method == "bp":  # whose card is the stock one
-            add_to_card(Path(training_args.output_dir), loading_note(model_args.architecture))
+            add_to_card(output, loading_note(model_args.architecture))
     return results
 
 
 def load_data(data_args: DataArguments, model_args: ModelArguments) -> ImageData:
     """Load the images that the options name, in the size and colours that a pretrained model wants."""
-    size, channels = data_args.image_size, parse_overrides(model_args.model_args).get("in_chans")
+    size, channels = data_args.image_size, parse_overrides("model_args", model_args.model_args or None).get("in_chans")
     if not model_args.model_name_or_path and channels is None and model_args.architecture not in networks.default_cfgs:
         channels = 3  # the image processor of a timm model makes every image RGB; our networks turn it back
     elif model_args.model_name_or_path:
@@ -228,12 +225,6 @@ def load_data(data_args: DataArguments, model_args: ModelArguments) -> ImageData
         with_test=data_args.evaluate_test,
         hub_timeout=data_args.hub_timeout,
     )
-
-
-def same_on_every_process(name: str) -> None:
-    """Refuse to go on if the Hub answered to some processes only: they would train on different images."""
-    if len(names := set(gather_object([name]))) > 1:
-        raise RuntimeError(f"The processes loaded different images: {', '.join(sorted(names))}. Set --dataset_name.")
 
 
 def load_processor(args: ModelArguments) -> BaseImageProcessor | None:
@@ -267,18 +258,9 @@ def load_model(args: ModelArguments, data: ImageData, mean: list[float], std: li
         )
     shape = list(data.train.pixels.shape[1:])
     reading = {"input_size": shape, "mean": mean, "std": std, "crop_pct": 1.0, "interpolation": "bilinear"}
-    model_args = {"in_chans": shape[0], "pretrained_cfg_overlay": reading} | parse_overrides(args.model_args)
+    given = parse_overrides("model_args", args.model_args or None)
+    model_args = {"in_chans": shape[0], "pretrained_cfg_overlay": reading} | given
     return image_classifier(args.architecture, data.label_names, **model_args)
-
-
-def parse_overrides(overrides: str | dict[str, Any] | None) -> dict[str, Any]:
-    """Read ``name=value,name=value``, values as in YAML; a mapping from a YAML file is taken as it is."""
-    if not isinstance(overrides, str):
-        return dict(overrides or {})
-    pairs = [pair.partition("=") for pair in overrides.split(",") if pair.strip()]
-    if not all(equals for _, equals, _ in pairs):
-        raise ValueError(f"model_args={overrides!r}: expected name=value,name=value.")
-    return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
 
 
 def loading_share(images: Images, metrics: dict[str, float], history: list[dict[str, Any]]) -> float:
@@ -287,37 +269,11 @@ def loading_share(images: Images, metrics: dict[str, float], history: list[dict[
     return images.stopwatch.seconds() / (metrics["train_runtime"] - evaluations)
 
 
-def save_metrics(trainer: GrapeTrainer, split: str, metrics: dict[str, Any]) -> None:
-    """Print metrics, and save them as ``<split>_results.json`` and in ``all_results.json``."""
-    trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
-
-
 def add_to_card(output: Path, note: str | None) -> None:
     """Add what must be known to open the model, if anything, to its card."""
     if note:
         with (output / "README.md").open("a", encoding="utf-8") as card:
             card.write(f"\n### How to open it\n\n{note}\n")
-
-
-def write_history(output: Path, history: list[dict[str, Any]], method: str) -> None:
-    """Save what was logged of the alignment as data, and it and the curves as pictures if matplotlib is there."""
-    aligned = [
-        {key: value for key, value in entry.items() if key == "step" or key.startswith(("alignment/", "calibration/"))}
-        for entry in history
-        if any(key.startswith("alignment/") for key in entry)
-    ]
-    (output / "alignment.json").write_text(json.dumps(aligned, indent=1), encoding="utf-8")
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning("No plots: matplotlib is missing. pip install 'grape_hf[plot]'")
-        return
-    from grape_hf.plots import plot_alignment, plot_curves
-
-    values = [value for value in ("loss", "eval_accuracy") if any(value in entry for entry in history)]
-    pictures = [plot_curves({method: history}, output / "curves.png", values)] if values else []
-    if any(key.startswith("alignment/estimate/") for entry in aligned for key in entry):
-        pictures.append(plot_alignment(history, output / "alignment.png"))
-    print("Wrote", ", ".join(map(str, [output / "alignment.json", *pictures])))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ tokenizer, which plain ``transformers`` opens, ``all_results.json``, ``sample.tx
 unless told otherwise, as above.
 """
 
-import importlib.util
-import json
 import logging
 import os
 from dataclasses import dataclass, field
@@ -28,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from accelerate.utils import gather_object
+from common import parse_overrides, same_on_every_process, save_metrics, write_history
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -44,8 +41,6 @@ from grape_hf import GrapeTrainer, GrapeTrainingArguments
 from grape_hf.metrics import perplexity_from_logits, token_nll
 from grape_hf.parsing import parse_recipe
 from grape_hf.text import TextData, count_text, iterate_texts, load_text, pack, tokenize, train_tokenizer
-
-logger = logging.getLogger("wikitext103")
 
 
 @dataclass
@@ -140,7 +135,7 @@ def main() -> None:
         output = Path(training_args.output_dir)
         prompt = torch.tensor(validation_blocks[0]["input_ids"][: data_args.context // 4])
         write_sample(output, prompt, data_args.context, training_args.seed)
-        write_alignment(output, trainer.state.log_history, training_args.method)
+        write_history(output, trainer.state.log_history, training_args.method, "loss.png", ["loss"])
     trainer.create_model_card(dataset=data.name, dataset_tags=data.hub_id, tasks="text-generation")
 
 
@@ -156,12 +151,6 @@ def load_data(args: DataArguments) -> TextData:
         validation_rows=args.validation_rows,
         hub_timeout=args.hub_timeout,
     )
-
-
-def same_on_every_process(name: str) -> None:
-    """Refuse to go on if the Hub answered to some processes only: they would train on different texts."""
-    if len(names := set(gather_object([name]))) > 1:
-        raise RuntimeError(f"The processes loaded different texts: {', '.join(sorted(names))}. Set --dataset_name.")
 
 
 def load_tokenizer(
@@ -206,7 +195,7 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, context
     }
     if hasattr(defaults, "intermediate_size"):
         shape["intermediate_size"] = 4 * args.hidden_size  # GPT-2's rule; elsewhere the default is a large model's
-    overrides = parse_overrides(args.config_overrides)
+    overrides = parse_overrides("config_overrides", args.config_overrides)
     if unknown := [name for name in overrides if not hasattr(defaults, name)]:
         raise ValueError(
             f"config_overrides: {type(defaults).__name__} has no {', '.join(unknown)}; it has "
@@ -236,22 +225,6 @@ def check_predicts_next_token(model: PreTrainedModel) -> None:
         )
 
 
-def parse_overrides(overrides: str | dict[str, Any] | None) -> dict[str, Any]:
-    """Read ``name=value,name=value``, values as in YAML; a mapping from a YAML file is taken as it is."""
-    if not isinstance(overrides, str):
-        return dict(overrides or {})
-    pairs = [pair.partition("=") for pair in overrides.split(",")]
-    if not all(equals for _, equals, _ in pairs):
-        raise ValueError(f"config_overrides={overrides!r}: expected name=value,name=value.")
-    return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
-
-
-def save_metrics(trainer: GrapeTrainer, split: str, metrics: dict[str, Any]) -> None:
-    """Print metrics, and save them as ``<split>_results.json`` and in ``all_results.json``."""
-    trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
-
-
 def write_sample(output: Path, prompt: torch.Tensor, context: int, seed: int) -> None:
     """Continue the beginning of the validation text with the model as it was saved: opened as any user would."""
     tokenizer = AutoTokenizer.from_pretrained(output)
@@ -267,27 +240,6 @@ def write_sample(output: Path, prompt: torch.Tensor, context: int, seed: int) ->
     begin, rest = tokenizer.decode(prompt), tokenizer.decode(written[len(prompt) :], skip_special_tokens=True)
     (output / "sample.txt").write_text(begin + rest, encoding="utf-8")
     print(f"\n***** sample *****\n{begin}[...]{rest}\n")
-
-
-def write_alignment(output: Path, history: list[dict[str, Any]], method: str) -> None:
-    """Save what was logged of the alignment as data, and it and the curves as pictures if matplotlib is there."""
-    aligned = [
-        {key: value for key, value in entry.items() if key == "step" or key.startswith(("alignment/", "calibration/"))}
-        for entry in history
-        if any(key.startswith("alignment/") for key in entry)
-    ]
-    (output / "alignment.json").write_text(json.dumps(aligned, indent=1), encoding="utf-8")
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning("No plots: matplotlib is missing. pip install 'grape_hf[plot]'")
-        return
-    from grape_hf.plots import plot_alignment, plot_curves
-
-    pictures = []
-    if any("loss" in entry for entry in history):
-        pictures.append(plot_curves({method: history}, output / "loss.png"))
-    if any(key.startswith("alignment/estimate/") for entry in aligned for key in entry):
-        pictures.append(plot_alignment(history, output / "alignment.png"))
-    print("Wrote", ", ".join(map(str, [output / "alignment.json", *pictures])))
 
 
 if __name__ == "__main__":

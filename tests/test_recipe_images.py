@@ -1,6 +1,6 @@
 """The recipe for images as a user starts it, and what it leaves behind; then its own functions, in this process."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -25,19 +25,9 @@ DIGITS = TOP / "recipes" / "image_classification" / "digits.yaml"
 QUIET = ["--disable_tqdm", "true", "--use_cpu", "true"]
 
 
-def load_recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", TOP / "recipes" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    return load_recipe("image_classification")
+    return importlib.import_module("image_classification")
 
 
 def results(run: Path) -> dict[str, Any]:

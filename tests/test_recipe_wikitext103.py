@@ -1,6 +1,6 @@
 """The main job as a user starts it: processes of their own, real files, tiny models."""
 
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -217,13 +217,7 @@ def test_bad_input_ends_in_its_message(name: str, refusals: dict[str, tuple[int,
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recipe_wikitext103", TOP / "recipes" / "wikitext103.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("wikitext103")
 
 
 class TestLoadModel:
