@@ -9,14 +9,13 @@ then at its best rate, by validation perplexity, with the other seeds. The figur
 validation split); the test split is not read.
 
 Each finished cell is a JSON file in the output folder, which is committed. Start the script again to go on with the
-missing ones, or start it several times to use several cores: a cell is taken by one process at a time.
+missing ones, or start it several times to use several cores: a cell is taken by one process at a time (``cells.py``).
 """
 
 import argparse
-import json
 import math
-import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +31,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
 
-TOP = Path(__file__).parents[2]
+TOP = Path(__file__).resolve().parents[2]
+sys.path.append(str(TOP / "recipes"))  # a script sees its own folder alone
+from cells import Cells  # noqa: E402
+
 # Of the code that this process has loaded, whatever is committed while it runs.
 COMMIT = subprocess.run(["git", "rev-parse", "HEAD"], cwd=TOP, capture_output=True, text=True).stdout.strip()
 EVAL_BLOCKS = 1024  # for the curves; the final figure is of the whole validation split
@@ -61,49 +63,36 @@ def main() -> None:
     options = parser.parse_args()
     study = yaml.safe_load(options.config.read_text())
     folder = TOP / study["output_dir"]
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    cells = Cells(folder / "cells", TOP / "outputs" / "studies" / options.config.stem / "locks")
     methods = options.methods or list(study["methods"])
     if not options.report:
         torch.set_num_threads(1)
-        blocks = load_blocks(study)
-        while cell := claim(study, methods, folder / "cells"):
-            run(study, cell, blocks, folder / "cells")
-    report(study, folder)
+        fill(study, methods, load_blocks(study), cells)
+    report(study, cells, folder)
 
 
-def wanted(study: dict[str, Any], methods: list[str], cells: Path) -> Iterator[Cell]:
+def wanted(study: dict[str, Any], methods: list[str], cells: Cells) -> Iterator[Cell]:
     """Yield the cells that are to be run, in order: all rates with the first seed, then the best with the others."""
     for method in methods:
         first, *others = study["seeds"]
         rates = [Cell(method, rate, first) for rate in study["learning_rates"]]
         yield from rates
-        done = [read(cells, cell) for cell in rates]
-        if all(done):
-            best = min((r for r in done if r), key=lambda r: r["perplexity"])
+        done = [result for cell in rates if (result := cells.read(cell.name))]
+        if len(done) == len(rates):
+            best = min(done, key=lambda r: r["perplexity"])
             yield from (Cell(method, best["learning_rate"], seed) for seed in others)
 
 
-def claim(study: dict[str, Any], methods: list[str], cells: Path) -> Cell | None:
-    """Take the next cell that nobody has done or is doing: a lock file holds the process that works on it."""
-    for cell in wanted(study, methods, cells):
-        lock = cells / f"{cell.name}.lock"
-        if (cells / f"{cell.name}.json").exists():
-            continue
-        if lock.exists() and not Path(f"/proc/{lock.read_text()}").exists():
-            lock.unlink()  # whoever worked on it is dead
-        try:
-            with lock.open("x") as file:
-                file.write(str(os.getpid()))
-            return cell
-        except FileExistsError:
-            continue
-    return None
-
-
-def read(cells: Path, cell: Cell) -> dict[str, Any] | None:
-    """Return what a finished cell wrote, None before."""
-    path = cells / f"{cell.name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def fill(study: dict[str, Any], methods: list[str], blocks: DatasetDict, cells: Cells) -> None:
+    """Run what is missing, as long as there is something that nobody else is doing."""
+    while True:
+        for cell in wanted(study, methods, cells):
+            with cells.claim(cell.name) as lock:
+                if lock is not None:
+                    cells.finish(cell.name, run(study, cell, blocks))
+                    break
+        else:
+            return
 
 
 def load_blocks(study: dict[str, Any]) -> DatasetDict:
@@ -146,8 +135,8 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def run(study: dict[str, Any], cell: Cell, blocks: DatasetDict, cells: Path) -> None:
-    """Train one cell and write its file."""
+def run(study: dict[str, Any], cell: Cell, blocks: DatasetDict) -> dict[str, Any]:
+    """Train one cell and return its result."""
     set_seed(cell.seed)
     config = GPT2Config(
         vocab_size=study["vocab_size"],
@@ -212,11 +201,8 @@ def run(study: dict[str, Any], cell: Cell, blocks: DatasetDict, cells: Path) -> 
         "torch": torch.__version__,
         "log_history": trainer.state.log_history[:-1],
     }
-    path = cells / f"{cell.name}.json"
-    path.with_suffix(".part").write_text(json.dumps(result, indent=1))
-    path.with_suffix(".part").rename(path)
-    (cells / f"{cell.name}.lock").unlink()
     print(f"{cell.name}: perplexity {result['perplexity']:.2f} in {seconds:.0f} s", flush=True)
+    return result
 
 
 def per_token(loss: float, context: int) -> float:
@@ -227,9 +213,9 @@ def per_token(loss: float, context: int) -> float:
     return loss * context / (context - 1)
 
 
-def report(study: dict[str, Any], folder: Path) -> None:
+def report(study: dict[str, Any], finished: Cells, folder: Path) -> None:
     """Write table.md and curves.png from the finished cells."""
-    results = [json.loads(path.read_text()) for path in sorted((folder / "cells").glob("*.json"))]
+    results = list(finished.all().values())
     if not results:
         return
     best = {method: at_best_rate(results, method) for method in study["methods"]}
