@@ -25,8 +25,7 @@ class FiniteGuard:
 
     NaN or Inf in e, in J_hat or in B_l all end up in the refined matrices, so these are what is looked at. All
     boundaries share one decision, the same on every rank: they share one q or e. The count is a tensor on the device;
-    ``check``
-    is for whoever reads it, at a logging step.
+    ``check`` is for whoever reads it, at a logging step.
 
     Args:
         limit: ``check`` raises after so many skipped refinements in a row; 0: never.

@@ -48,9 +48,8 @@ def probe(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object
     order: list[int] = []
     vectors: list[Tensor] = []
     batches: set[int] = set()
-    passed_on: list[
-        tuple[Tensor, Tensor]
-    ] = []  # of each boundary: a leaf that marks it in the graph, what block l+1 got
+    # Of each boundary: a leaf that marks it in the graph, and what block l+1 got.
+    passed_on: list[tuple[Tensor, Tensor]] = []
 
     def look(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         if len(order) == index and passed_on and h.requires_grad:
@@ -110,9 +109,9 @@ def _check_chain(boundaries: Boundaries, index: int, h: Tensor, leaves: list[Ten
         block = type(boundaries.blocks[index]).__name__
         what = f"block {index + 1} ({block})" if index < len(boundaries) else f"the output y, of {block} or the head,"
         raise RuntimeError(
-            f"{what} was expected to work on h_{index}, the "
-            f"output of block {index}, and on no other block's; it works on {names}. Direct feedback needs a chain of "
-            "blocks: name others with the option `blocks`, a whole group of blocks that share their inputs as one."
+            f"{what} was expected to work on h_{index}, the output of block {index}, and on no other block's; it works "
+            f"on {names}. Direct feedback needs a chain of blocks: name others with the option `blocks`, a whole group "
+            "of blocks that share their inputs as one."
         )
 
 

@@ -130,7 +130,7 @@ class GrapeRun:
             return
         self.current_step, self.calibrating = step, self.schedule.due(step) and not self.drift.everywhere
         if self.restartable:
-            self._start = self.feedback.B, self._state()
+            self._began_with = self.feedback.B, self._state()
         self._estimate = JacobianSum()
         self._products: Tensor | None = None
         self._moments: list[tuple[Tensor, Tensor]] = []
@@ -225,8 +225,8 @@ class GrapeRun:
             with self.boundaries.broadcast(B, mask):
                 yield
             return
-        star = self.boundaries.broadcast(B, mask, keep=True)
-        with self.boundaries.record() if self.calibrating else star as forwards:
+        chain = self.calibrating
+        with self.boundaries.record() if chain else self.boundaries.broadcast(B, mask, keep=True) as forwards:
             yield
         if learns_in_place:
             gradients = dkp.products(forwards, self.feedback.B, mask)
@@ -309,7 +309,7 @@ class GrapeRun:
             finished: False between ``finish_step`` and the update of the weights: a resumed run will do the whole step
                 again, so with ``restartable`` what it started from is written.
         """
-        B, state = self._start if self.restartable and not finished else (self.feedback.B, self._state())
+        B, state = self._began_with if self.restartable and not finished else (self.feedback.B, self._state())
         Feedback(B).save(folder / FEEDBACK_NAME, self.block_names)
         (folder / STATE_NAME).write_text(json.dumps(state, indent=2, default=Tensor.tolist))
 

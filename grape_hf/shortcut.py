@@ -51,10 +51,9 @@ def shortcut_feedback(
         y = boundaries.layout.vectors(passed.y).sum((0, 1))  # (n_y,)
         rows: list[list[Tensor]] = [[] for _ in h]
         for k in range(len(y)):
-            gradients = torch.autograd.grad(y[k], h, retain_graph=True, allow_unused=True)
-            for row, gradient, activation in zip(rows, gradients, h, strict=True):
-                vectors = boundaries.layout.vectors(activation if gradient is None else gradient)
-                row.append(vectors.mean((0, 1)) if gradient is not None else torch.zeros_like(vectors[0, 0]))
+            gradients = torch.autograd.grad(y[k], h, retain_graph=True, materialize_grads=True)
+            for row, gradient in zip(rows, gradients, strict=True):
+                row.append(boundaries.layout.vectors(gradient).mean((0, 1)))
     finally:
         with torch.no_grad():
             for p, value in zip(branches, values, strict=True):
