@@ -70,7 +70,9 @@ class GrapeRun:
         kinds = (nn.Conv2d, nn.Conv3d)
         self._convolutional = any(isinstance(m, kinds) for block in self.blocks for m in block.modules())
         if self._convolutional and options.method == "grape" and options.grape_preset == "recommended":
-            logger.info('GrAPE: the blocks are convolutional, where grape_preset="convnet" learns better.')
+            logger.info(
+                'GrAPE: the recommended settings are for Transformers; for convolutions try grape_preset="convnet".'
+            )
         self._batch_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
         self.current_step: int | None = None
         self.calibrating = False

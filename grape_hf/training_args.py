@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "calibration_refit": False,
     },
 }
-# The paper's form, with estimates that cost a convolutional network a sixth of a step.
+# The paper's form with fewer estimates: a finite difference, two forwards, every 4 steps.
 PRESETS["convnet"] = PRESETS["paper"] | {
     "feedback_space": "logits",
     "jvp_mode": "auto",
@@ -94,9 +94,9 @@ class GrapeArgumentsMixin:
     grape_preset: Literal["recommended", "convnet", "paper"] = field(
         default="recommended",
         metadata={
-            "help": "Values for every option below that is not given: what worked best in our studies for "
-            "Transformers, `recommended`, and for convolutional networks, `convnet`; or `paper`, the settings of the "
-            "GrAPE paper (ICLR 2026)."
+            "help": "Values for every option below that is not given: `recommended`, what worked best in our studies "
+            "of Transformers; `paper`, the settings of the GrAPE paper (ICLR 2026); or `convnet`, the paper's form for "
+            "convolutional networks, with fewer estimates."
         },
     )
     blocks: str | None = field(
