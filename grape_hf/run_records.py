@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import ProcessorMixin, TrainerState, TrainingArguments
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.image_processing_utils import BaseImageProcessor
@@ -39,6 +40,22 @@ _SUMMARISED = (
     "dataset_args",
     "dataset_metadata",
 )
+
+
+class _Metadata(ModelCardData):
+    """Metadata whose YAML keeps every character: PyYAML writes U+0085 as it is and reads it back as a space."""
+
+    def to_yaml(self, line_break: Any = None, original_order: list[str] | None = None) -> str:
+        text: str = super().to_yaml(line_break, original_order)
+        if "\x85" not in text:
+            return text
+        return str(yaml.dump(self.to_dict(), sort_keys=False, line_break=line_break)).strip()  # all in escapes
+
+
+class Card(ModelCard):
+    """A model card of ours."""
+
+    card_data_class = _Metadata
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,7 @@ class RunRecord:
     args: TrainingArguments
     options: GrapeArgumentsMixin
     summary: TrainingSummary
-    card: ModelCard
+    card: Card
     history: list[dict[str, Any]]
     steps: int
     results: dict[str, float]
@@ -90,7 +107,7 @@ def record_of(trainer: Any, given: Mapping[str, Any]) -> RunRecord:
         given: arguments of ``create_model_card``.
     """
     folder = Path(trainer.args.output_dir)
-    card = ModelCard.load(folder / "README.md")
+    card = Card.load(folder / "README.md")
     named = {name: value for name, value in given.items() if name in _SUMMARISED}
     named |= {"dataset": given.get("dataset") or given.get("dataset_name")}  # trl's name for it
     # The stock card has asked the Hub for the licence of the base model; any value keeps this from asking again.
@@ -154,7 +171,7 @@ def read_record(folder: str | Path) -> RunRecord:
     config = _read_json(folder / "config.json")
     saved = _read_json(folder / "all_results.json")
     readme = folder / "README.md"
-    known = ModelCard.load(readme) if readme.is_file() else None
+    known = Card.load(readme) if readme.is_file() else None
     architecture = (config.get("architectures") or ["the model"])[0]
     summary = TrainingSummary.from_trainer(
         SimpleNamespace(
@@ -173,7 +190,7 @@ def read_record(folder: str | Path) -> RunRecord:
         args=args,
         options=options_of(args),
         summary=summary,
-        card=known or ModelCard(summary.to_model_card()),
+        card=known or Card(summary.to_model_card()),
         history=state.log_history,
         steps=state.global_step,
         results=results | figures(saved),

@@ -16,7 +16,7 @@ import torch
 from helpers import LEARNED, OnEvent, arguments, make_trainer
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.repocard_data import EvalResult, model_index_to_eval_results
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from problems import DROPOUT, GPT2, PLAIN, Problem
 from transformers import Trainer
@@ -378,6 +378,8 @@ class TestOddNames:
         assert {result.dataset_type for result in found} == {"unknown"}
         assert "datasets" not in metadata_load(readme)
 
+    @example("\x85")  # the one that PyYAML does not bring back by itself
+    @example("a\x85\r\nb…")
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(name=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
     def test_any_text(self, run: Any, readme: Path, tmp_path: Path, name: str):
