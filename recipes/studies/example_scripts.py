@@ -1,7 +1,7 @@
 r"""Do the stock example scripts of transformers train with GrAPE by one line more?
 
     git clone --depth 1 https://github.com/huggingface/transformers        # anywhere outside this project
-    OMP_NUM_THREADS=1 python recipes/studies/example_scripts.py path/of/transformers  # 10 minutes, no network
+    OMP_NUM_THREADS=1 python recipes/studies/example_scripts.py path/of/transformers  # 25 minutes, no network
     OMP_NUM_THREADS=1 python recipes/studies/example_scripts.py path/of/transformers --only run_clm --steps 20
 
 Of each script a copy is made in the output folder, with one line after its imports: ``LINE``, and a second copy with
@@ -12,12 +12,12 @@ to train; and the stock script on the model that GrAPE left, which has to come t
 Scripts that draw at random while they load data (masks, crops) do not resume bit for bit with the stock Trainer either:
 accelerate has the next batch ready before the random state is saved.
 
-Texts are Python's own documentation, images the digits of scikit-learn, models are tiny and start from random weights:
+Texts are Python's own documentation, images stripes and checks, models are tiny and start from random weights:
 the figures say that the scripts run and learn, not how well GrAPE does. The scripts ask the Hub for the metric
 ``accuracy``; they find ours, by the name of a folder where they are started.
 
-Leaves ``table.md`` in the output folder; recipes/studies/example_scripts/table.md is one of these. Fails if a script
-fails or a check does not hold.
+Leaves ``table.md`` in the output folder. Fails if a script fails or a check does not hold. The table in
+recipes/studies/example_scripts is put together of two of these, as it says.
 """
 
 import argparse
@@ -229,6 +229,9 @@ def report(outcomes: list[Outcome], steps: int, seconds: float) -> str:
         f"+{LINE}",
         f"+{LINE_WITH_OPTIONS}",
         "```",
+        "",
+        "Perplexity is exp(eval_loss), as the scripts reckon it; for GPT-2 transformers divides that loss by all "
+        "labels, of which the first of a block of 64 is never predicted.",
         "",
         "| script | figure | stock | GrAPE |",
         "| --- | --- | ---: | ---: |",

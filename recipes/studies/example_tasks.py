@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from datasets import DatasetDict
 from PIL import Image
-from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -118,24 +117,28 @@ def prepare_glue(folder: Path) -> str:
 
 
 def prepare_images(folder: Path) -> str:
-    """Make a small ViT and the digits of scikit-learn, 8 x 8 pixels, as folders of pictures."""
-    digits = load_digits()
-    for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        picture = folder / ("validation" if i % 5 == 0 else "train") / str(label) / f"{i:04}.png"
+    """Make a small ViT, and folders of pictures that a crop or a flip leaves what they are: stripes and checks."""
+    draw = np.random.default_rng(0)
+    y, x = np.mgrid[:16, :16]
+    for i in range(1200):
+        a, b = ((z + draw.integers(4)) // 2 % 2 for z in (x, y))  # stripes of two pixels
+        label, pattern = [("across", b), ("down", a), ("checks", a ^ b)][i % 3]
+        pixels = 255 * (0.2 + 0.6 * pattern) + draw.normal(0, 20, pattern.shape)
+        picture = folder / ("validation" if i < 240 else "train") / label / f"{i:04}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 255 / 16).astype(np.uint8)).save(picture)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(picture)
     set_seed(0)
     config = ViTConfig(
         num_hidden_layers=4,
         hidden_size=64,
         num_attention_heads=4,
         intermediate_size=256,
-        image_size=8,
-        patch_size=2,
-        num_labels=10,
+        image_size=16,
+        patch_size=4,
+        num_labels=3,
     )
     ViTForImageClassification(config).save_pretrained(folder / "model")
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder / "model")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "model")
     # Without the last option the Trainer takes the column away that the script makes the pixels of.
     return (
         "--model_name_or_path model --train_dir train --validation_dir validation --label_column_name label "
