@@ -216,7 +216,9 @@ class GrapeMixin(_Base):
         bp_results: Mapping[str, float] | str | Path | None = None,
         **others: Any,
     ) -> None:
-        """Write the model card, ``README.md`` in the output folder; with ``method="bp"`` it is the stock one.
+        """Write the model card, ``README.md`` in the output folder.
+
+        With ``method="bp"``, and where this Trainer has not trained but, say, only evaluated, it is the stock one.
 
         What is given here holds for later cards of this Trainer too: ``push_to_hub`` and each checkpoint that is pushed
         write one.
@@ -259,7 +261,7 @@ class GrapeMixin(_Base):
         compared = named.pop("bp_results", None)
         # A copy of the tags: the stock card puts its own into the list.
         super().create_model_card(**named | ({"tags": list(named["tags"])} if "tags" in named else {}))
-        if self.is_world_process_zero():
+        if self.state.global_step and self.is_world_process_zero():
             render_card(record_of(self, named), compared).save(Path(self.args.output_dir) / "README.md")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -82,8 +82,9 @@ class GrapeArgumentsMixin:
     method: Literal["grape", "dfa", "bp", "fdfa", "dkp", "fa", "forward_gradient", "pepita"] = field(
         default="grape",
         metadata={
-            "help": "`grape`: direct feedback through learned matrices B_l; `dfa`: the same with B_l frozen at their "
-            "start; `bp`: ordinary backpropagation, the stock Trainer bit for bit. Baselines (grape_hf/baselines): "
+            "help": "How blocks get their error: `grape`, direct feedback through learned matrices B_l; `dfa`, the "
+            "same with B_l frozen at their start; `bp`, ordinary backpropagation, the stock Trainer bit for bit. "
+            "Baselines (grape_hf/baselines): "
             "`fdfa` (Bacho & Chu 2022), B_l from zero by a moving average of estimates, and `dkp` (direct "
             "Kolen-Pollack), B_l learned like a weight from h_l to the logits: both imply options below that are not "
             "given. `fa`: fixed random matrices in place of W^T, layer by layer; `forward_gradient`: directional "
@@ -169,20 +170,19 @@ class GrapeArgumentsMixin:
         "calibration_threshold; or `no`.",
     )
     calibration_interval: float | None = _option(
-        "calibration_interval", "T: in epochs (also a fraction) for `epoch`, in optimiser steps for `steps`."
+        "calibration_interval",
+        "Interval T of calibrations: in epochs (also a fraction) for `epoch`, in optimiser steps for `steps`.",
     )
     calibration_threshold: float = field(
         default=0.3,
         metadata={
-            "help": "For `adaptive`: calibrate when the smoothed mean cosine of B_l with J_hat_l, or with the exact "
-            "delta where alignment_steps measures it, is below this. Not in the paper."
+            "help": "Cosine below which `adaptive` calibrates: the smoothed mean of that of B_l with J_hat_l, or with "
+            "the exact delta where alignment_steps measures it. Not in the paper."
         },
     )
     calibration_cooldown: int = field(
         default=100,
-        metadata={
-            "help": "For `adaptive`: least number of optimiser steps between two calibrations. Not in the paper."
-        },
+        metadata={"help": "Least number of optimiser steps between two calibrations by `adaptive`. Not in the paper."},
     )
     calibration_refit: bool | None = _option(
         "calibration_refit", "Fit B_l to the exact deltas of each calibration step by ridge regression."

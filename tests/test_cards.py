@@ -250,15 +250,13 @@ class TestWhenItIsWritten:
         assert (tmp_path / "checkpoint-1" / "trainer_state.json").is_file()
         assert not (tmp_path / "README.md").exists()
 
-    def test_never_before_training(self, tmp_path: Path):
-        trainer = prepare(tmp_path)
+    def test_before_training_it_is_the_stock_card(self, tmp_path: Path):
+        trainer = prepare(tmp_path)  # as a script that only evaluates has it
         (tmp_path / "all_results.json").write_text('{"eval_loss": 1.0}')  # of an earlier run
-        trainer.create_model_card()
-        text = (tmp_path / "README.md").read_text()
-        assert "has not been logged" in text
-        assert "The model has not been evaluated." in text
-        assert "### Alignment" not in text
-        assert "a data set that was not named" in text
+        trainer.create_model_card(tasks="text-generation")
+        written = (tmp_path / "README.md").read_bytes()
+        Trainer.create_model_card(trainer, tasks="text-generation")
+        assert (tmp_path / "README.md").read_bytes() == written
 
     def test_what_was_measured_since_the_last_log_counts(self, tmp_path: Path):
         trainer = prepare(tmp_path, max_steps=3, logging_steps=100)
@@ -469,7 +467,8 @@ def test_a_network_of_ours_says_what_must_be_imported(tmp_path: Path, monkeypatc
 
 
 def test_a_model_that_transformers_does_not_know(tmp_path: Path):
-    trainer = prepare(tmp_path)
+    trainer = prepare(tmp_path, max_steps=1)
+    trainer.train()
     trainer.model.__class__ = type("Mine", (type(trainer.model),), {})
     trainer.create_model_card()
     text = (tmp_path / "README.md").read_text()

@@ -1,0 +1,99 @@
+"""Write what the documents take from the code: the table of options in README.md, the list of tests in CONTRIBUTING.md.
+
+    python recipes/documents.py            # tests/test_documents.py fails while one of them is out of date
+
+Each stands between two lines that mark its place. What a table says of an option is its help text up to the first stop,
+colon, semicolon or bracket; what the list says of a test file is the first paragraph of its docstring.
+"""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from grape_hf.training_args import PRESETS, GrapeArgumentsMixin
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = {int: "whole number", float: "number", bool: "`True`, `False`", str: "names"}
+
+
+def main() -> None:
+    """Rewrite what is out of date."""
+    for file, name in PARTS:
+        path = ROOT / file
+        path.write_text(up_to_date(path.read_text(encoding="utf-8"), name, PARTS[file, name]()), encoding="utf-8")
+
+
+def up_to_date(text: str, name: str, part: str) -> str:
+    """Return a document with one of its parts as it should be.
+
+    Args:
+        text: the document.
+        name: of the part, in the lines that mark it.
+        part: what should stand there.
+
+    Raises:
+        ValueError: if the two marks are not there, once each and in their order.
+    """
+    begin, end = f"<!-- {name}: begin, by recipes/documents.py -->", f"<!-- {name}: end -->"
+    pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
+    if text.count(begin) != 1 or text.count(end) != 1 or not pattern.search(text):
+        raise ValueError(f"Expected one line {begin!r} and below it one {end!r}, found them otherwise or not at all.")
+    return pattern.sub(lambda _: f"{begin}\n{part}\n{end}", text)
+
+
+def options_table() -> str:
+    """Make the table of options, a row for each in the order of the dataclass."""
+    hints = get_type_hints(GrapeArgumentsMixin)
+    rows = ["| option | values | default | |", "| --- | --- | --- | --- |"]
+    for option in dataclasses.fields(GrapeArgumentsMixin):
+        cells = [f"`{option.name}`", _values(hints[option.name]), _default(option), _summary(option.metadata["help"])]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def tests_list() -> str:
+    """Make the list of test files and what each is about."""
+    lines = []
+    for path in sorted((ROOT / "tests").rglob("*.py"), key=lambda p: (len(p.parts), p)):
+        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        first_paragraph = " ".join(about.split("\n\n")[0].split())
+        lines.append(f"- `{path.relative_to(ROOT / 'tests')}`: {first_paragraph}")
+    return "\n".join(lines)
+
+
+PARTS: dict[tuple[str, str], Callable[[], str]] = {
+    ("README.md", "options"): options_table,
+    ("CONTRIBUTING.md", "tests"): tests_list,
+}
+
+
+def _values(hint: Any) -> str:
+    """Write down what an option may be."""
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(hint))
+    kinds = [part for part in get_args(hint) if part is not NoneType]  # of "... or None"
+    return _values(kinds[0]) if kinds else KINDS[hint]
+
+
+def _default(option: Any) -> str:
+    """Write down the default; of one that the preset decides, that of ``recommended``, and which presets differ."""
+    if option.name not in PRESETS["recommended"]:
+        return "found in the model" if option.default is None else f"`{option.default}`"
+    usual = PRESETS["recommended"][option.name]
+    others: dict[Any, list[str]] = {}
+    for preset, options in PRESETS.items():
+        if options[option.name] != usual:
+            others.setdefault(options[option.name], []).append(preset)
+    return "; ".join([f"`{usual}`", *(f"{', '.join(presets)}: `{value}`" for value, presets in others.items())])
+
+
+def _summary(help_text: str) -> str:
+    return re.split(r"\. |: |; | \(|\.$", help_text, maxsplit=1)[0]
+
+
+if __name__ == "__main__":
+    main()
