@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parse_overrides, same_on_every_process, save_metrics, write_history
+from common import parse_overrides, same_on_every_process, save_metrics, write_history, write_or_push_card
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import (
     AutoConfig,
@@ -114,7 +114,10 @@ class ModelArguments:
 
 
 class ImageTrainer(GrapeTrainer):
-    """``GrapeTrainer`` with a step schedule: after the warm-up, a factor ``gamma`` at each of the ``milestones``."""
+    """``GrapeTrainer`` with a step schedule: after the warm-up, a factor ``gamma`` at each of the ``milestones``.
+
+    The stock card, which ``method="bp"`` writes, gets a note on how to open the network where one is needed.
+    """
 
     def __init__(
         self, *args: Any, milestones: Sequence[float] | None = None, gamma: float = 0.1, **kwargs: Any
@@ -136,6 +139,13 @@ class ImageTrainer(GrapeTrainer):
             self.lr_scheduler: Any = LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card; here, since a push writes it too."""
+        super().create_model_card(*args, **kwargs)
+        architecture = getattr(self.model.config, "architecture", None)
+        if architecture and self.args.method == "bp" and self.is_world_process_zero():
+            add_to_card(Path(self.args.output_dir), loading_note(architecture))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -175,6 +185,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         milestones=model_args.lr_milestones,
         gamma=model_args.lr_gamma,
     )
+    card = {"dataset": data.name, "dataset_tags": data.hub_id, "tasks": "image-classification"}
+    if training_args.push_to_hub and not data_args.evaluate_only:
+        trainer.create_model_card(**card)  # what is pushed while training tells it too
     names = {"dataset": data.name, "train_images": len(data.train)}
     if data_args.evaluate_only:
         names |= {"model": model_args.model_name_or_path}
@@ -192,13 +205,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not data_args.evaluate_only:
         output = Path(training_args.output_dir)
         trainer.save_state()
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # else it would push now, before the rest is there
         if trainer.is_world_process_zero():
             values = ["loss", "eval_accuracy"]
             write_history(output, trainer.state.log_history, training_args.method, "curves.png", values)
-        trainer.create_model_card(dataset=data.name, dataset_tags=data.hub_id, tasks="image-classification")
-        if trainer.is_world_process_zero() and training_args.method == "bp":  # whose card is the stock one
-            add_to_card(output, loading_note(model_args.architecture))
+        write_or_push_card(trainer, card)
     return results
 
 
