@@ -62,7 +62,7 @@ class PushMixin(_Base):
         try:
             return super().push_to_hub(*args, **kwargs)
         except Exception as error:
-            error.add_note(f"GrAPE: {self._after_failure()}")
+            error.add_note(f"GrAPE: the push failed. {self._after_failure()}")
             raise
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -52,11 +52,11 @@ class File:
 
 @dataclass
 class Commit:
-    """One commit: its message and the paths that came with it."""
+    """One commit: its message, its name, and the files that came with it."""
 
     summary: str
-    paths: list[str]
     oid: str
+    files: dict[str, File]
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Repository:
     def commit(self, summary: str, files: dict[str, File]) -> Commit:
         oid = hashlib.sha1(f"{self.name} {len(self.commits)} {summary}".encode()).hexdigest()
         self.files |= files
-        self.commits.append(Commit(summary, sorted(files), oid))
+        self.commits.append(Commit(summary, oid, files))
         return self.commits[-1]
 
     @property
@@ -87,11 +87,12 @@ class HubServer(ThreadingHTTPServer):
         repositories: by kind (``model``, ``dataset``) and name.
         blobs: uploaded large files by their sha256, committed or not.
         lfs: whether weights and pictures go by LFS; else everything goes into the commit.
-        plan: what the coming requests of an endpoint meet, by its name: None for nothing, a status, or ``"drop"`` for
-            a connection that ends without an answer; where it ends all is well again.
+        plan: what the coming requests of an endpoint meet, by its name, or by its name and that of a repository with a
+            blank between: None for nothing, a status, or ``"drop"`` for a connection that ends without an answer; where
+            a plan ends all is well again.
         requests: how often each endpoint was called, whatever it met.
         unknown: requests that nothing here answers.
-        bodies: every request's body as it came, with its path: what a client has let out.
+        sent: every request's path and body as they came: what a client has let out.
     """
 
     daemon_threads = True
@@ -104,7 +105,7 @@ class HubServer(ThreadingHTTPServer):
         self.plan: dict[str, Iterator[int | str | None]] = {}
         self.requests: Counter[str] = Counter()
         self.unknown: list[str] = []
-        self.bodies: list[tuple[str, bytes]] = []
+        self.sent: list[bytes] = []
         self.lock = threading.RLock()
 
     @property
@@ -121,6 +122,16 @@ class HubServer(ThreadingHTTPServer):
         made = self.repositories[kind, name] = Repository(kind, name)
         made.commit("first", {path: File(content, path.endswith(_LARGE)) for path, content in files.items()})
         return made
+
+    def all_files(self) -> list[tuple[str, bytes]]:
+        """Paths and contents of everything that was ever uploaded, large files that no commit has among them."""
+        committed = [
+            (f"{repository.name}/{path}", file.content)
+            for repository in self.repositories.values()
+            for commit in repository.commits
+            for path, file in commit.files.items()
+        ]
+        return committed + list(self.blobs.items())
 
     def model(self, name: str) -> Repository:
         return self.repositories["model", name]
@@ -165,8 +176,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with self.server.lock:
             self.server.requests[name] += 1
-            self.server.bodies.append((path, body))
-            fate = next(self.server.plan.get(name, iter(())), None)
+            self.server.sent.append(self.path.encode() + body)
+            plans = [self.server.plan.get(key) for key in (name, f"{name} {found.groupdict().get('repo')}")]
+            fates = [next(plan, None) for plan in plans if plan is not None]
+        fate = next((fate for fate in fates if fate is not None), None)
         if fate == "drop":
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
