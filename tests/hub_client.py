@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
+from PIL import Image as Picture
+from safetensors.torch import load_file
 
 TOKENS = torch.arange(24).reshape(1, 24) % 250
 IMAGES = torch.linspace(-1, 1, 2 * 28 * 28).reshape(2, 1, 28, 28)
@@ -44,9 +46,8 @@ def make_trainer(folder: Path, repository: str, model: Any = None, images: bool 
     pictures = [{"pixel_values": torch.randn(1, 28, 28), "labels": torch.tensor(i % 2)} for i in range(32)]
     usual = dict(max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=4, jvp_every=1)
     quiet = dict(report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False)
-    args = GrapeTrainingArguments(
-        output_dir=str(folder), push_to_hub=True, hub_model_id=repository, **(usual | quiet | options)
-    )
+    pushing = dict(push_to_hub=True, hub_model_id=repository)
+    args = GrapeTrainingArguments(output_dir=str(folder), **(usual | quiet | pushing | options))
     trainer = GrapeTrainer(
         model, args, train_dataset=pictures if images else texts, processing_class=tokenizer, callbacks=[PlotCallback()]
     )
@@ -134,14 +135,17 @@ def read_back(folder: Path) -> None:
     sys.meta_path.remove(hidden)
     names = open_by_its_card(SMALL)
     got["small"] = names["model"].eval()(IMAGES).logits.detach()
-    assert names["image_processor"](torch.zeros(3, 28, 28))["pixel_values"].shape == (1, 1, 28, 28)
+    read = names["image_processor"](Picture.new("L", (40, 30), 99), return_tensors="pt")
+    assert names["model"](**read).logits.shape == (1, 2)
 
     checkpoints = Path(snapshot_download(WHOLE, allow_patterns="checkpoint-*"))
     resumed = make_trainer(folder / "resumed", "unused", push_to_hub=False)
     resumed.train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
     last = folder / "resumed" / "checkpoint-4"
-    for name in ("model.safetensors", "grape_feedback.safetensors", "optimizer.pt"):
-        assert (last / name).read_bytes() == (checkpoints / "checkpoint-4" / name).read_bytes(), name
+    for name in ("model.safetensors", "grape_feedback.safetensors"):
+        mine, theirs = load_file(last / name), load_file(checkpoints / "checkpoint-4" / name)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
     torch.save(got, folder / "got.pt")
 
 

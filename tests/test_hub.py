@@ -67,10 +67,18 @@ class Machine:
     def run(self, *words: object, **more: str) -> str:
         return finish(self.start(*words, **more))
 
+    def follow(self, note: str) -> str:
+        """Run the command at the end of a note on a failed push, as a shell would, as the user that the token names.
 
-def finish(process: "subprocess.Popen[str]") -> str:
+        The client runs as it is installed, with Xet, and goes another way then; every file must go into the commit.
+        """
+        hf, *words = shlex.split(note.rpartition(": ")[2])
+        return self.run(Path(sys.executable).with_name(hf), *words, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="0")
+
+
+def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
     output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
+    assert process.returncode == code, output
     return output
 
 
@@ -106,19 +114,13 @@ class Pushed:
         return note
 
     def _follow_the_note_on_small(self) -> None:
-        """Upload what the client could not, by the command that it gave.
-
-        It runs as it is installed, with Xet, and goes another way then; every file must go into the commit.
-        """
         self.small_before = [commit.summary for commit in self.server.model("someone/small").commits]
         stray = self.folder / "small" / "checkpoint-1" / "model.safetensors"
         stray.parent.mkdir()
         stray.write_text("not to be uploaded")
-        hf, *words = shlex.split(self.note("small").rpartition(": ")[2])
         del self.server.plan["commit someone/small"]
         self.server.lfs = False
-        self.machine.run(Path(sys.executable).with_name(hf), *words, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="0")
-        self.server.lfs = True
+        self.machine.follow(self.note("small"))
 
 
 @pytest.fixture(scope="module")
@@ -257,13 +259,18 @@ def cifar100() -> dict[str, bytes]:
 
 
 class Recipes:
-    """Both recipes from the command line: with their data on the Hub, with a Hub that has none, and without any."""
+    """Both recipes from the command line: with their data on the Hub, with a Hub that has none, and without any.
+
+    The Hub that has none refuses the push of the run once.
+    """
 
     def __init__(self, folder: Path, full: HubServer, empty: HubServer) -> None:
         full.add("dataset", WIKITEXT, wikitext())
         full.add("dataset", CIFAR100, cifar100())
         self.full, self.empty, self.folder = full, empty, folder
         nobody = "http://127.0.0.1:9"  # the port of the discard service, where nothing listens
+        empty.plan["commit someone/sample"] = iter([500])
+        empty.lfs = False
         self.printed = self._pair(
             words=(full.url, f"{WORDS} {PUSH} someone/words --save_steps 1"),
             images=(full.url, f"{IMAGES} {PUSH} someone/images --method bp --max_steps 2"),
@@ -278,7 +285,7 @@ class Recipes:
             (self.folder / name).mkdir()
             machine = Machine(self.folder / name, url)
             begun[name] = machine.start(*words.split(), "--output_dir", machine.folder / "run", HF_TOKEN=TOKEN)
-        return {name: finish(process) for name, process in begun.items()}
+        return {name: finish(process, code=int(name == "sample")) for name, process in begun.items()}
 
     def results(self, name: str) -> dict[str, Any]:
         return json.loads((self.folder / name / "run" / "all_results.json").read_text())
@@ -299,17 +306,17 @@ class TestRecipes:
         assert recipes.results("words")["dataset"] == "Salesforce/wikitext (wikitext-103-raw-v1)"
         assert "NOT WikiText-103" not in recipes.printed["words"]
         words = recipes.full.model("someone/words")
-        pictures = {"alignment.png", "loss.png"}
         assert words.private
-        assert words.files.keys() == (MODEL - {"curves.png"}) | pictures | TEXT | RECORDS | {
-            "sample.txt",
-            ".gitattributes",
-        }
+        everything = (MODEL - {"curves.png"}) | TEXT | RECORDS | {"loss.png", "sample.txt"}
+        assert words.files.keys() == everything | {".gitattributes"}
+        assert len(words.commits) > 2
         for commit in words.commits[1:]:  # those while training too
             card = commit.files["README.md"].content.decode()
             assert "(https://huggingface.co/datasets/Salesforce/wikitext)" in card
             assert "datasets:\n- Salesforce/wikitext\n" in card
-        assert words.commits[-1].summary == "End of training"
+        summaries = [commit.summary for commit in words.commits]
+        assert (summaries[1], summaries[-1]) == ("Training in progress, step 1", "End of training")
+        assert "Model save" not in summaries
 
     def test_images_come_from_the_hub_and_the_stock_card_says_what_the_network_needs(self, recipes: Recipes):
         found = recipes.results("images")
@@ -323,11 +330,24 @@ class TestRecipes:
         saved = (recipes.folder / "images" / "run" / "model.safetensors").read_bytes()
         assert images.files["model.safetensors"].content == saved
 
-    def test_a_hub_without_the_data_is_announced_and_the_card_that_is_pushed_says_what_it_was(self, recipes: Recipes):
+    def test_a_hub_without_the_data_is_announced(self, recipes: Recipes):
         assert "This is NOT WikiText-103. The Hub is not in reach (RepositoryNotFoundError" in recipes.printed["sample"]
-        sample = recipes.empty.model("someone/sample")
-        assert "embedded sample (pydoc" in sample.files["README.md"].content.decode()
-        assert "Salesforce" not in sample.files["README.md"].content.decode()
+        assert recipes.results("sample")["dataset"].startswith("embedded sample (pydoc")
+
+    def test_a_push_that_fails_leaves_everything_for_the_command_in_its_note(self, recipes: Recipes):
+        run, sample = recipes.folder / "sample" / "run", recipes.empty.model("someone/sample")
+        everything = (MODEL - {"curves.png"}) | TEXT | RECORDS | {"loss.png", "sample.txt"}
+        assert {path.name for path in run.iterdir()} == everything
+        assert len(sample.commits) == 1
+        (note,) = (
+            line for line in recipes.printed["sample"].splitlines() if line.startswith("GrAPE: the push failed.")
+        )
+        Machine(recipes.folder / "sample", recipes.empty.url).follow(note)
+        assert sample.private
+        assert sample.files.keys() == everything | {".gitattributes"}
+        card = sample.files["README.md"].content.decode()
+        assert "embedded sample (pydoc" in card
+        assert "Salesforce" not in card
 
     def test_no_hub_at_all_is_announced(self, recipes: Recipes):
         assert "This is NOT CIFAR-100. The Hub is not in reach (ConnectError" in recipes.printed["digits"]
