@@ -17,7 +17,7 @@ training images; the test split is read with ``--evaluate_test`` only.
 Expected: accuracy and cost stand at the head of each YAML. The output folder ends up with the model and its image
 processor, which ``pipeline("image-classification")`` opens (this package's own networks after
 ``import grape_hf.vision``), ``all_results.json``, ``alignment.json``, ``alignment.png``, ``curves.png`` and the model
-card.
+card. ``--push_to_hub --hub_model_id you/name`` uploads it at the end, and at every save.
 """
 
 import logging
@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
+from grape_hf.hub import without_home
 from grape_hf.metrics import accuracy_of_classes, predicted_class
 from grape_hf.parsing import parse_recipe
 from grape_hf.vision import image_classifier, loading_note, networks
@@ -188,11 +189,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     card = {"dataset": data.name, "dataset_tags": data.hub_id, "tasks": "image-classification"}
     if training_args.push_to_hub and not data_args.evaluate_only:
         trainer.create_model_card(**card)  # what is pushed while training tells it too
+    named = model_args.model_name_or_path and without_home(model_args.model_name_or_path)
     names = {"dataset": data.name, "train_images": len(data.train)}
     if data_args.evaluate_only:
-        names |= {"model": model_args.model_name_or_path}
+        names |= {"model": named}
     else:
-        names |= {"model": model_args.model_name_or_path or model_args.architecture, "method": training_args.method}
+        names |= {"model": named or model_args.architecture, "method": training_args.method}
         trained = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
         trained["train_loading_share"] = loading_share(train_images, trained, trainer.state.log_history)
         save_metrics(trainer, "train", names | trained)
