@@ -1,6 +1,7 @@
-"""Whether the Hugging Face Hub is in reach, asked once and with an end to the waiting."""
+"""Whether the Hugging Face Hub is in reach, asked once and with an end to the waiting; what is told there of paths."""
 
 import threading
+from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -32,3 +33,12 @@ def why_out_of_reach(dataset: str, timeout: float) -> str | None:
     asking.start()
     asking.join(timeout)
     return problems[0] if problems else None
+
+
+def without_home(path: str) -> str:
+    """Write the user's home as ``~`` at the beginning of a path, for names that go into cards and records."""
+    try:
+        inside = Path(path).relative_to(Path.home())
+    except (ValueError, RuntimeError):  # outside of it, or there is none
+        return path
+    return (Path("~") / inside).as_posix()

@@ -6,6 +6,7 @@ Colour-blind readers can tell the colours apart, and lines differ in style as we
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -225,5 +226,11 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
 def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=150, format=path.suffix[1:] or "png")
+    # In one piece and only if it differs: a push in the background may be reading it, and would fail.
+    if not path.is_file() or path.read_bytes() != picture.getvalue():
+        part = path.with_name(f"_{path.name}")  # which no push uploads
+        part.write_bytes(picture.getvalue())
+        part.replace(path)
     return path

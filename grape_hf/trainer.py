@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
@@ -25,19 +25,15 @@ from grape_hf.baselines import BASELINES, make_baseline
 from grape_hf.baselines.base import Baseline, MicroBatch
 from grape_hf.checkpoints import checkpoint_to_resume, complete_save
 from grape_hf.parallelism import refuse_parallelism
+from grape_hf.pushes import PushMixin
 from grape_hf.ranks import Ranks
 from grape_hf.run import FEEDBACK_NAME, STATE_NAME, GrapeRun, calibration_schedule
 from grape_hf.training_args import GrapeArgumentsMixin
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base  # a mixin's methods may call what the Trainer beside it has
-else:
-    _Base = object
 
-
-class GrapeMixin(_Base):
+class GrapeMixin(PushMixin):
     """GrAPE for any ``Trainer`` subclass: ``class MyTrainer(GrapeMixin, SFTTrainer)``.
 
     The arguments may be of any kind; where they carry no GrAPE options (``GrapeArgumentsMixin``) the defaults hold.
@@ -264,12 +260,11 @@ class GrapeMixin(_Base):
         if self.state.global_step and self.is_world_process_zero():
             render_card(record_of(self, named), compared).save(Path(self.args.output_dir) / "README.md")
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def _write_card_to_push(self) -> None:
         # Of a model without a configuration the stock Trainer makes no card, and uploads it without.
         if self.grape_options.method != "bp" and hasattr(self.model, "config"):
             hub_name = (self.args.hub_model_id or "").split("/")[-1]  # as push_to_hub names it
             self.create_model_card(model_name=self._card_arguments.get("model_name") or hub_name or None)
-        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -45,6 +45,19 @@ def save_metrics(trainer: GrapeTrainer, split: str, metrics: dict[str, Any]) -> 
     trainer.save_metrics(split, metrics)
 
 
+def write_or_push_card(trainer: GrapeTrainer, card: dict[str, Any]) -> None:
+    """Write the card; with ``push_to_hub`` push the output folder, the card in it.
+
+    Args:
+        trainer: the Trainer of a run that has left all else in its folder: a push that fails costs nothing then.
+        card: arguments of ``create_model_card``.
+    """
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+
+
 def write_history(output: Path, history: list[dict[str, Any]], method: str, curves: str, values: Sequence[str]) -> None:
     """Save what was logged of the alignment as data, and it and the curves as pictures if matplotlib is there.
 

@@ -17,7 +17,7 @@ training images; the test split is read with ``--evaluate_test`` only.
 Expected: accuracy and cost stand at the head of each YAML. The output folder ends up with the model and its image
 processor, which ``pipeline("image-classification")`` opens (this package's own networks after
 ``import grape_hf.vision``), ``all_results.json``, ``alignment.json``, ``alignment.png``, ``curves.png`` and the model
-card.
+card. ``--push_to_hub --hub_model_id you/name`` uploads it at the end, and at every save.
 """
 
 import logging
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parse_overrides, same_on_every_process, save_metrics, write_history
+from common import parse_overrides, same_on_every_process, save_metrics, write_history, write_or_push_card
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import (
     AutoConfig,
@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
+from grape_hf.hub import without_home
 from grape_hf.metrics import accuracy_of_classes, predicted_class
 from grape_hf.parsing import parse_recipe
 from grape_hf.vision import image_classifier, loading_note, networks
@@ -114,7 +115,10 @@ class ModelArguments:
 
 
 class ImageTrainer(GrapeTrainer):
-    """``GrapeTrainer`` with a step schedule: after the warm-up, a factor ``gamma`` at each of the ``milestones``."""
+    """``GrapeTrainer`` with a step schedule: after the warm-up, a factor ``gamma`` at each of the ``milestones``.
+
+    The stock card, which ``method="bp"`` writes, gets a note on how to open the network where one is needed.
+    """
 
     def __init__(
         self, *args: Any, milestones: Sequence[float] | None = None, gamma: float = 0.1, **kwargs: Any
@@ -136,6 +140,13 @@ class ImageTrainer(GrapeTrainer):
             self.lr_scheduler: Any = LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card; here, since a push writes it too."""
+        super().create_model_card(*args, **kwargs)
+        architecture = getattr(self.model.config, "architecture", None)
+        if architecture and self.args.method == "bp" and self.is_world_process_zero():
+            add_to_card(Path(self.args.output_dir), loading_note(architecture))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -175,11 +186,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         milestones=model_args.lr_milestones,
         gamma=model_args.lr_gamma,
     )
+    card = {"dataset": data.name, "dataset_tags": data.hub_id, "tasks": "image-classification"}
+    if training_args.push_to_hub and not data_args.evaluate_only:
+        trainer.create_model_card(**card)  # what is pushed while training tells it too
+    named = model_args.model_name_or_path and without_home(model_args.model_name_or_path)
     names = {"dataset": data.name, "train_images": len(data.train)}
     if data_args.evaluate_only:
-        names |= {"model": model_args.model_name_or_path}
+        names |= {"model": named}
     else:
-        names |= {"model": model_args.model_name_or_path or model_args.architecture, "method": training_args.method}
+        names |= {"model": named or model_args.architecture, "method": training_args.method}
         trained = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
         trained["train_loading_share"] = loading_share(train_images, trained, trainer.state.log_history)
         save_metrics(trainer, "train", names | trained)
@@ -192,13 +207,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not data_args.evaluate_only:
         output = Path(training_args.output_dir)
         trainer.save_state()
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # else it would push now, before the rest is there
         if trainer.is_world_process_zero():
             values = ["loss", "eval_accuracy"]
             write_history(output, trainer.state.log_history, training_args.method, "curves.png", values)
-        trainer.create_model_card(dataset=data.name, dataset_tags=data.hub_id, tasks="image-classification")
-        if trainer.is_world_process_zero() and training_args.method == "bp":  # whose card is the stock one
-            add_to_card(output, loading_note(model_args.architecture))
+        write_or_push_card(trainer, card)
     return results
 
 

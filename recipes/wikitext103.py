@@ -15,8 +15,8 @@ the metrics and the model card say so.
 
 Expected: perplexity and cost stand at the head of each YAML. The output folder ends up with the model and its
 tokenizer, which plain ``transformers`` opens, ``all_results.json``, ``sample.txt``, ``alignment.json``,
-``alignment.png``, ``loss.png`` and the model card. On a CPU, ``accelerate launch`` uses one core for each process
-unless told otherwise, as above.
+``alignment.png``, ``loss.png`` and the model card; ``--push_to_hub --hub_model_id you/name`` uploads it at the end, and
+at every save. On a CPU, ``accelerate launch`` uses one core for each process unless told otherwise, as above.
 """
 
 import logging
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parse_overrides, same_on_every_process, save_metrics, write_history
+from common import parse_overrides, same_on_every_process, save_metrics, write_history, write_or_push_card
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -126,17 +126,20 @@ def main() -> None:
         preprocess_logits_for_metrics=token_nll,
         compute_metrics=perplexity_from_logits(words_per_token=words / tokens),
     )
+    card = {"dataset": data.name, "dataset_tags": data.hub_id, "tasks": "text-generation"}
+    if training_args.push_to_hub:
+        trainer.create_model_card(**card)  # what is pushed while training tells it too
     trained = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     save_metrics(trainer, "train", {"dataset": data.name, "method": training_args.method} | trained.metrics)
     save_metrics(trainer, "eval", {"dataset": data.name, "method": training_args.method} | trainer.evaluate())
     trainer.save_state()
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # else it would push now, before the rest is there
     if trainer.is_world_process_zero():
         output = Path(training_args.output_dir)
         prompt = torch.tensor(validation_blocks[0]["input_ids"][: data_args.context // 4])
         write_sample(output, prompt, data_args.context, training_args.seed)
         write_history(output, trainer.state.log_history, training_args.method, "loss.png", ["loss"])
-    trainer.create_model_card(dataset=data.name, dataset_tags=data.hub_id, tasks="text-generation")
+    write_or_push_card(trainer, card)
 
 
 def load_data(args: DataArguments) -> TextData:

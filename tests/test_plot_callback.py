@@ -43,6 +43,20 @@ def test_each_checkpoint_finds_its_pictures(tmp_path: Path, drawn: list[int]):
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
 
 
+def test_a_picture_that_would_be_the_same_is_left_alone(tmp_path: Path):
+    """A push in the background may be reading it."""
+    history = [{"step": step, "loss": 3.0 - step} for step in (1, 2)]
+    (curves,) = plot_training(history, tmp_path)
+    before = curves.stat()
+    plot_training(history, tmp_path)
+    assert (curves.stat().st_ino, curves.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    plot_training([*history, {"step": 3, "loss": 0.5}], tmp_path)
+    assert (
+        curves.stat().st_ino != before.st_ino
+    )  # another file took its place: who reads the old one goes on reading it
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
 def test_drawing_takes_a_hundredth_of_the_time(tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch):
     """With a clock on which a drawing takes one second and the steps nothing or 150 s."""
     now = [0.0]

@@ -81,7 +81,7 @@ def load_text(
     if validation_file and not train_file:
         raise ValueError(f"validation_file={validation_file!r} needs a train_file beside it, and none was given.")
     if train_file:
-        name = " / ".join(filter(None, (train_file, validation_file)))
+        name = " / ".join(hub.without_home(file) for file in (train_file, validation_file) if file)
         splits, hub_id = _load_files(train_file, validation_file, streaming), None
     elif dataset_name == EMBEDDED or (not dataset_name and not dataset_config and not _hub_in_reach(hub_timeout)):
         name, hub_id = f"embedded sample (pydoc_data.topics of Python {platform.python_version()})", None
@@ -89,10 +89,11 @@ def load_text(
         if streaming:
             splits["train"] = splits["train"].to_iterable_dataset()
     else:
-        hub_id = dataset_name or WIKITEXT[0]
+        source = dataset_name or WIKITEXT[0]
         config = dataset_config or (None if dataset_name else WIKITEXT[1])
-        name = f"{hub_id} ({config})" if config else hub_id
-        splits = _load_named(hub_id, config, streaming)
+        name = f"{hub.without_home(source)} ({config})" if config else hub.without_home(source)
+        splits = _load_named(source, config, streaming)
+        hub_id = None if Path(source).is_dir() else source
     train, validation = _with_validation(splits, name, streaming, validation_rows)
     for split, rows in (("training", train), ("validation", validation)):
         _check_text(rows, text_column, f"the {split} split of {name}")

@@ -115,14 +115,15 @@ def load_images(
                 f"data_dir={data_dir!r}: expected a folder of parquet files or of images, found "
                 f"{'a file' if Path(data_dir).exists() else 'nothing'} there ({Path(data_dir).resolve()})."
             )
-        name, splits = data_dir, _load_named(data_dir, None)
+        name, splits = hub.without_home(data_dir), _load_named(data_dir, None)
     elif dataset_name == EMBEDDED or (not dataset_name and not dataset_config and not _hub_in_reach(hub_timeout)):
         name, splits = "embedded sample (scikit-learn's digits, 8 x 8)", embedded_sample()
     else:
-        hub_id = dataset_name or CIFAR100[0]
+        source = dataset_name or CIFAR100[0]
         label_column = label_column or (None if dataset_name else CIFAR100[1])
-        name = f"{hub_id} ({dataset_config})" if dataset_config else hub_id
-        splits = _load_named(hub_id, dataset_config)
+        name = f"{hub.without_home(source)} ({dataset_config})" if dataset_config else hub.without_home(source)
+        splits = _load_named(source, dataset_config)
+        hub_id = None if Path(source).is_dir() else source
     wanted = ["train", *(["validation"] if "validation" in splits else []), *(["test"] if with_test else [])]
     if missing := [split for split in wanted if split not in splits]:
         raise ValueError(f"{name} has no split {missing[0]!r}, only {', '.join(splits)}. Use a data set that has one.")
