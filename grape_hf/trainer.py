@@ -27,7 +27,7 @@ from grape_hf.checkpoints import checkpoint_to_resume, complete_save
 from grape_hf.parallelism import refuse_parallelism
 from grape_hf.ranks import Ranks
 from grape_hf.run import FEEDBACK_NAME, STATE_NAME, GrapeRun, calibration_schedule
-from grape_hf.training_args import GrapeArgumentsMixin
+from grape_hf.training_args import METHOD_OPTIONS, GrapeArgumentsMixin
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,11 @@ class GrapeMixin(_Base):
                 return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
         if run is None:
             return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
-        model.train()  # as the stock step does: an evaluation before it must not change the estimate
+        # As the stock step does: an evaluation before it must not change the estimate. A schedule-free optimiser has
+        # other weights for an evaluation.
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
         if not run.started:
             self._start(run, inputs)
         run.begin_step(self.state.global_step)
@@ -285,6 +289,32 @@ class GrapeMixin(_Base):
         super()._load_optimizer_and_scheduler(checkpoint)
         # The matrices are read when their shapes are known, at the first step.
         self._resumed_from = None if checkpoint is None else Path(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        # B_l belongs to the weights beside which it was learned. With save_only_model there is none in a checkpoint.
+        folder = Path(self.state.best_model_checkpoint or "")
+        if self._run is not None and self._run.started and (folder / FEEDBACK_NAME).exists():
+            self._run.load_feedback(folder)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Take over a trial's values, GrAPE's options among them, and refuse what a new Trainer would refuse."""
+        before = options_of(self.args)
+        super()._hp_search_setup(trial)
+        if trial is None:
+            return
+        self.grape_options = options = options_of(self.args)
+        # Other methods differ in no option but `method` itself.
+        implying = METHOD_OPTIONS.keys() & {before.method, options.method}
+        for name, cannot in {"grape_preset": True, "method": bool(implying)}.items():
+            if cannot and getattr(options, name) != getattr(before, name):
+                raise ValueError(
+                    f"a hyperparameter search cannot change {name} from {getattr(before, name)!r} to "
+                    f"{getattr(options, name)!r}: the options that these stand for were filled in when the arguments "
+                    "were made. Search over those options, or make a search for each value."
+                )
+        if options.method != "bp":
+            self._refuse_settings()
 
     def _refuse_settings(self) -> None:
         method = self.grape_options.method
