@@ -75,9 +75,9 @@ def _products(device_type: str) -> list[Any]:
     """Torch's settings of the precision of products, one for each kind of them."""
     backends = torch.backends
     if device_type == "cuda":
-        return [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        return [backends.cuda.matmul, *(getattr(backends.cudnn, kind) for kind in ("conv", "rnn"))]
     if device_type == "cpu":
-        return [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+        return [getattr(backends.mkldnn, kind) for kind in ("matmul", "conv", "rnn")]
     return []
 
 

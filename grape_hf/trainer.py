@@ -329,11 +329,13 @@ class GrapeMixin(_Base):
                 'use method="bp".'
             )
         refuse_parallelism(self, self.grape_options)
-        checkpointing = getattr(self.args, "gradient_checkpointing_kwargs", None) or {}
-        if checkpointing.get("use_reentrant"):
+        checkpointing = getattr(self.args, "gradient_checkpointing_kwargs", None) or {}  # by the new name the same
+        # The Trainer takes the first two for itself; of what else is said, reentrant is torch's default.
+        if checkpointing.keys() - {"every_n_layers", "offload"} and checkpointing.get("use_reentrant") is not False:
             raise ValueError(
-                'gradient_checkpointing_kwargs={"use_reentrant": True} cuts the gradients of blocks whose inputs need '
-                'none, as all inputs of blocks do here. Use {"use_reentrant": False}, which is the default.'
+                f"gradient_checkpointing_kwargs={checkpointing}: use_reentrant, which torch takes to be True where it "
+                "is not given, cuts the gradients of blocks whose inputs need none, as all inputs of blocks do here. "
+                'Say {"use_reentrant": False}, which is the default where nothing is said.'
             )
 
     def _refuse_with_baseline(self) -> None:
