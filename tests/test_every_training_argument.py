@@ -54,7 +54,6 @@ TESTED: dict[str, tuple[str, ...]] = {
         "neftune_noise_alpha",
     ),
     "test_trainer.py::test_activation_checkpointing_equals_none": (CHECKPOINTING,),
-    _FEATURES + "test_float16_without_a_gpu_is_the_stock_trainers_error": ("fp16",),
     "test_resume.py::test_15_steps_and_5_more_are_20": ("save_strategy", "save_steps", "seed"),
     "test_checkpoints.py::test_leftovers_are_not_counted_as_checkpoints": ("save_total_limit",),
     "test_checkpoints.py::test_sigterm_in_the_middle_of_a_step": ("enable_jit_checkpoint",),
@@ -87,6 +86,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gradient_checkpointing": ({"method": "fa", CHECKPOINTING: True}, "does not go with activation checkpointing"),
     "activation_checkpointing": ({"method": "fa", CHECKPOINTING: True}, "does not go with activation checkpointing"),
     "torch_compile": ({"method": "fa", "torch_compile": True}, "does not go with torch_compile"),
+    "fp16": ({"method": "dkp", "fp16": True}, "method='dkp' needs the error as it is"),
     "bf16": ({"method": "pepita", "bf16": True}, "does not go with bf16"),
 }
 

@@ -76,6 +76,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
         "label_names": ["labels"],
         "dataloader_pin_memory": False,
     },
+    "fp16": {"fp16": True},  # accelerate has no autocast for it on a CPU; the scaler: test_guard.py
     "log-some": {"logging_first_step": True, "logging_steps": 3, "include_num_input_tokens_seen": "all"},
     "log-epochs": {"logging_strategy": "epoch", "include_num_input_tokens_seen": "non_padding"},
     "log-nothing": {"logging_strategy": "no", "logging_nan_inf_filter": False},
@@ -328,7 +329,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 def test_every_schedule(kind, tmp_path):
     options: dict[str, Any] = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": SCHEDULES.get(kind), "warmup_steps": 2}
     more = {"eval_dataset": PLAIN.samples(4)}
-    options |= {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 6}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
     stock = train(PLAIN, tmp_path, Trainer, more=more, **options)
     assert_same_run(train(PLAIN, tmp_path, more=more, **options, **CALIBRATED), stock)
     ours = train(PLAIN, tmp_path, more=more, **options, **LEARNED)
@@ -347,11 +348,13 @@ def compiler() -> Iterator[None]:
 
 
 def compiling(test: Callable[..., None]) -> Callable[..., None]:
-    """Mark a test that compiles. The compiler reads `grad` of everything, and is built on what torch deprecates."""
-    for warning in (
-        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-        "ignore::DeprecationWarning",
-    ):
+    """Mark a test that compiles.
+
+    The compiler reads `grad` of everything, is built on what torch deprecates, and in torch 2.11 says where it leaves a
+    piece uncompiled.
+    """
+    reads, leaves = "The .grad attribute of a Tensor that is not a leaf", "Dynamo does not know how to trace"
+    for warning in (f"ignore:{reads}:UserWarning", f"ignore:{leaves}:UserWarning", "ignore::DeprecationWarning"):
         test = pytest.mark.filterwarnings(warning)(test)
     return pytest.mark.usefixtures("compiler")(test)
 
@@ -443,16 +446,6 @@ def test_precision_is_full_for_a_while(device_type):
         torch.backends.fp32_precision = "none"
         for kind, precision in zip(kinds, before, strict=True):
             kind.fp32_precision = precision
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_float16_without_a_gpu_is_the_stock_trainers_error(tmp_path):
-    """The scaler itself: test_guard.py."""
-    with pytest.raises(ValueError, match="fp16") as stock:
-        train(GPT2, tmp_path, Trainer, fp16=True)
-    with pytest.raises(ValueError, match="fp16") as ours:
-        train(GPT2, tmp_path, fp16=True)
-    assert str(ours.value) == str(stock.value)
 
 
 # --- batches that do not fit -----------------------------------------------------------------------------------------
@@ -579,8 +572,8 @@ def quiet_optuna() -> Iterator[None]:
 
 def search(
     folder: Path, space: dict[str, list[Any]], trials: int, **options: Any
-) -> list[tuple[float, str, dict[str, Tensor]]]:
-    """Return learning rate, method and what was learned of each trial that came to its end."""
+) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Return the values of each trial that came to its end, and what it learned."""
     found = []
     trainer = make_trainer(
         GPT2,
@@ -593,7 +586,7 @@ def search(
 
     def note(state: Any, model: nn.Module, **_: Any) -> None:
         if state.global_step == 4:  # else it was pruned
-            found.append((trainer.args.learning_rate, trainer.args.method, weights(trainer)))
+            found.append(({name: getattr(trainer.args, name) for name in space}, weights(trainer)))
 
     trainer.add_callback(OnEvent("train_end", note))
     trainer.hyperparameter_search(
@@ -612,29 +605,21 @@ def search(
 def test_every_trial_of_a_search_is_a_run_of_its_own(tmp_path):
     """A trial that was pruned half-way is followed by one that knows nothing of it."""
     space = {"learning_rate": [1e-2, 3e-2], "feedback_lr": [0.05, 0.3]}
-    found = search(tmp_path / "search", space, 4, **LEARNED)
-    assert len(found) == 3
-    alone = []
-    for rate in space["learning_rate"]:
-        for eta in space["feedback_lr"]:
-            options = EVALUATED | LEARNED | {"max_steps": 4, "learning_rate": rate, "feedback_lr": eta}
-            more = {"model_init": lambda: gpt2(dropout=0.1), "eval_dataset": GPT2.samples(4)}
-            alone.append(train(GPT2, tmp_path / "alone", more=more, **options))
-    matched = set()
-    for rate, _, learned in found:
-        same = [i for i, run in enumerate(alone) if not differ(weights(run), learned)]
-        assert len(same) == 1
-        assert alone[same[0]].args.learning_rate == rate
-        matched.update(same)
-    assert len(matched) == 3
+    found = search(tmp_path / "search", space, 3, **LEARNED)
+    assert len(found) == 2
+    assert found[0][0] != found[1][0]
+    more = {"model_init": lambda: gpt2(dropout=0.1), "eval_dataset": GPT2.samples(4)}
+    for values, learned in found:
+        alone = train(GPT2, tmp_path / "alone", more=more, **EVALUATED | LEARNED | {"max_steps": 4} | values)
+        assert_same(learned, weights(alone))
 
 
 @pytest.mark.usefixtures("quiet_optuna")
 def test_a_search_over_methods_and_presets(tmp_path):
     options = {"model_init": lambda: gpt2(dropout=0.1), "eval_dataset": GPT2.samples(4)}
-    (_, method, learned), *others = search(tmp_path / "methods", {"method": ["grape", "bp"]}, 2, **LEARNED)
+    (values, learned), *others = search(tmp_path / "methods", {"method": ["grape", "bp"]}, 2, **LEARNED)
     assert not others
-    run = train(GPT2, tmp_path, more=options, **EVALUATED | LEARNED | {"max_steps": 4, "method": method})
+    run = train(GPT2, tmp_path, more=options, **EVALUATED | LEARNED | {"max_steps": 4} | values)
     assert_same(learned, weights(run))
     for refused, value in (("grape_preset", "paper"), ("method", "dkp"), ("method", "fa")):
         with pytest.raises(ValueError, match=f"a hyperparameter search cannot change {refused} from .* to '{value}'"):
