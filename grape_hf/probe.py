@@ -66,7 +66,7 @@ def probe(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object
             model.eval()  # a batch norm has no batch statistics of one sample
             try:
                 forward()
-            except (OutputReached, torch.OutOfMemoryError):
+            except OutputReached:
                 raise
             except Exception as error:
                 if len(order) < len(boundaries):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import LEARNED, OnEvent, assert_same, count_hooks, differ, logged, make_trainer, train, weights
-from problems import DROPOUT, GPT2, PADDED, PLAIN, VOCABULARY, PlainLanguageModel, Problem, Sample, gpt2
+from problems import DROPOUT, GPT2, PADDED, PLAIN, PlainLanguageModel, Problem, Sample, gpt2
 from test_trainer import CHECKPOINTING, accuracy
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -491,25 +491,6 @@ def test_auto_find_batch_size_is_a_fresh_run_with_smaller_batches(options, tmp_p
     assert_same(weights(cramped), weights(small))
     for name in ("loss", "calibration/steps", "alignment/estimate/mean", "alignment/exact/mean"):
         assert logged(cramped, name) == logged(small, name)
-
-
-class HeadWithoutMemory(PlainLanguageModel):
-    def __init__(self) -> None:
-        super().__init__(width=VOCABULARY + 1)  # so that the logits are what has fewer numbers
-
-    def readout(self, y: Tensor) -> Tensor:
-        if len(y) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate too much.")
-        return super().readout(y)
-
-
-def test_no_memory_for_the_head_does_not_move_the_error_elsewhere(tmp_path):
-    """Where a loss does not call the head the error is measured before it. That there was no memory is no such loss."""
-    problem = Problem("head-without-memory", HeadWithoutMemory, PLAIN.draw)
-    options = LEARNED | {"feedback_init": "identity", "auto_find_batch_size": True, "max_steps": 2}
-    trainer = train(problem, tmp_path, feedback_space="auto", per_device_train_batch_size=3, **options)
-    assert trainer.state.train_batch_size == 2
-    assert trainer.feedback[0].shape[1] == VOCABULARY
 
 
 # --- the best model, and the next run --------------------------------------------------------------------------------
