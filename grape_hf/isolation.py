@@ -53,6 +53,45 @@ def isolated(model: nn.Module, deterministic: bool = True) -> Iterator[None]:
 
 
 @contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Compute products of float32 in float32: no TF32 (``tf32``, ``torch_compile``, convolutions on GPUs), no bf16.
+
+    Two passes that differ by 1e-4 are the same to within TF32's resolution of 1e-3.
+    """
+    reduced = [(kind, kind.fp32_precision) for kind in _products(device_type)]
+    reduced = [(kind, precision) for kind, precision in reduced if precision not in ("none", "ieee")]
+    try:
+        for kind, _ in reduced:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in reduced:
+            kind.fp32_precision = "none"  # what holds for all products, where that is what it was
+            if kind.fp32_precision != precision:
+                kind.fp32_precision = precision
+
+
+def _products(device_type: str) -> list[Any]:
+    """Torch's settings of the precision of products, one for each kind of them."""
+    backends = torch.backends
+    if device_type == "cuda":
+        return [backends.cuda.matmul, *(getattr(backends.cudnn, kind) for kind in ("conv", "rnn"))]
+    if device_type == "cpu":
+        return [getattr(backends.mkldnn, kind) for kind in ("matmul", "conv", "rnn")]
+    return []
+
+
+def forget_compiled_code() -> None:
+    """Have every compiled model compiled anew when it is next called: to be called where hooks are attached.
+
+    torch.compile does not look whether hooks came or went, and shares its code among all models of a class. What it
+    made of the model without hooks, in an evaluation or in an earlier training, would train on by backpropagation.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+@contextmanager
 def _without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Have torch's checkpoint wrappers (FSDP's activation checkpointing) just run their module; they know no eval mode.
 

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from grape_hf.boundaries import Boundaries, own_mask
+from grape_hf.isolation import full_precision
 from grape_hf.layout import Layout, align_positions
 
 JvpMode = Literal["dual", "finite_difference"]
@@ -368,6 +369,7 @@ def _difference_runner(boundaries: Boundaries, forward: Callable[[], object]) ->
         with (
             torch.enable_grad(),  # as in a dual pass
             torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type)),
+            full_precision(device_type),
             boundaries.perturb(perturb) as passed,
         ):
             forward()

@@ -25,7 +25,7 @@ from grape_hf.boundaries import Matrix
 from grape_hf.calibration import CalibrationSchedule
 from grape_hf.feedback import Feedback, refit_moments
 from grape_hf.guard import DriftGuard, FiniteGuard
-from grape_hf.isolation import isolated
+from grape_hf.isolation import forget_compiled_code, isolated
 from grape_hf.jacobian import ForwardModeError, JacobianSum, JvpMode, Noise, jacobian_terms
 from grape_hf.points import FeedbackPoints
 from grape_hf.ranks import ALONE, Ranks, is_sharded
@@ -119,6 +119,7 @@ class GrapeRun:
                 'perturbation_space="activation", or DDP.'
             )
         self._hooks.enter_context(self.boundaries.attached())
+        forget_compiled_code()
         self._started = True
 
     def close(self) -> None:
@@ -326,9 +327,7 @@ class GrapeRun:
 
     def load(self, folder: Path) -> None:
         """Read them back; see ``Feedback.load`` for what is refused."""
-        self.feedback.load(folder / FEEDBACK_NAME, self.block_names)
-        self.feedback.B = self.ranks.first(self.feedback.B)  # each rank has read a file of its own
-        self._frozen_identity = self._is_frozen_identity()
+        self.load_feedback(folder)
         path = folder / STATE_NAME
         try:
             state = json.loads(path.read_text())
@@ -341,6 +340,12 @@ class GrapeRun:
                 f"cannot read the state of the calibration schedule in {path}: {error!r}. The checkpoint is "
                 "incomplete: resume from another one that GrapeTrainer wrote."
             ) from error
+
+    def load_feedback(self, folder: Path) -> None:
+        """Read B_l alone."""
+        self.feedback.load(folder / FEEDBACK_NAME, self.block_names)
+        self.feedback.B = self.ranks.first(self.feedback.B)  # each rank has read a file of its own
+        self._frozen_identity = self._is_frozen_identity()
 
     @property
     def started(self) -> bool:

@@ -28,7 +28,7 @@ from grape_hf.parallelism import refuse_parallelism
 from grape_hf.pushes import PushMixin
 from grape_hf.ranks import Ranks
 from grape_hf.run import FEEDBACK_NAME, STATE_NAME, GrapeRun, calibration_schedule
-from grape_hf.training_args import GrapeArgumentsMixin
+from grape_hf.training_args import METHOD_OPTIONS, GrapeArgumentsMixin
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,11 @@ class GrapeMixin(PushMixin):
                 return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
         if run is None:
             return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
-        model.train()  # as the stock step does: an evaluation before it must not change the estimate
+        # As the stock step does: an evaluation before it must not change the estimate. A schedule-free optimiser has
+        # other weights for an evaluation.
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
         if not run.started:
             self._start(run, inputs)
         run.begin_step(self.state.global_step)
@@ -283,6 +287,32 @@ class GrapeMixin(PushMixin):
         # The matrices are read when their shapes are known, at the first step.
         self._resumed_from = None if checkpoint is None else Path(checkpoint)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        # B_l belongs to the weights beside which it was learned. With save_only_model there is none in a checkpoint.
+        folder = Path(self.state.best_model_checkpoint or "")
+        if self._run is not None and self._run.started and (folder / FEEDBACK_NAME).exists():
+            self._run.load_feedback(folder)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Take over a trial's values, GrAPE's options among them, and refuse what a new Trainer would refuse."""
+        before = options_of(self.args)
+        super()._hp_search_setup(trial)
+        if trial is None:
+            return
+        self.grape_options = options = options_of(self.args)
+        # Other methods differ in no option but `method` itself.
+        implying = METHOD_OPTIONS.keys() & {before.method, options.method}
+        for name, cannot in {"grape_preset": True, "method": bool(implying)}.items():
+            if cannot and getattr(options, name) != getattr(before, name):
+                raise ValueError(
+                    f"a hyperparameter search cannot change {name} from {getattr(before, name)!r} to "
+                    f"{getattr(options, name)!r}: the options that these stand for were filled in when the arguments "
+                    "were made. Search over those options, or make a search for each value."
+                )
+        if options.method != "bp":
+            self._refuse_settings()
+
     def _refuse_settings(self) -> None:
         method = self.grape_options.method
         if method in BASELINES:
@@ -296,11 +326,13 @@ class GrapeMixin(PushMixin):
                 'use method="bp".'
             )
         refuse_parallelism(self, self.grape_options)
-        checkpointing = getattr(self.args, "gradient_checkpointing_kwargs", None) or {}
-        if checkpointing.get("use_reentrant"):
+        checkpointing = getattr(self.args, "gradient_checkpointing_kwargs", None) or {}  # by the new name the same
+        # The Trainer takes the first two for itself; of what else is said, reentrant is torch's default.
+        if checkpointing.keys() - {"every_n_layers", "offload"} and checkpointing.get("use_reentrant") is not False:
             raise ValueError(
-                'gradient_checkpointing_kwargs={"use_reentrant": True} cuts the gradients of blocks whose inputs need '
-                'none, as all inputs of blocks do here. Use {"use_reentrant": False}, which is the default.'
+                f"gradient_checkpointing_kwargs={checkpointing}: use_reentrant, which torch takes to be True where it "
+                "is not given, cuts the gradients of blocks whose inputs need none, as all inputs of blocks do here. "
+                'Say {"use_reentrant": False}, which is the default where nothing is said.'
             )
 
     def _refuse_with_baseline(self) -> None:

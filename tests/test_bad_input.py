@@ -202,8 +202,9 @@ def test_an_interval_shorter_than_a_step(tmp_path):
     untrained(trainer, GPT2)
 
 
-def test_reentrant_checkpointing_is_refused(tmp_path):
-    options = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
+@pytest.mark.parametrize("said", [{"use_reentrant": True}, {"preserve_rng_state": False}], ids=["said", "default"])
+def test_reentrant_checkpointing_is_refused(said, tmp_path):
+    options = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": said}
     with refusal("use_reentrant", "cuts the gradients", '{"use_reentrant": False}'):
         make_trainer(DROPOUT, tmp_path, **options)
     make_trainer(DROPOUT, tmp_path, method="bp", **options)

@@ -80,6 +80,7 @@ def _serve(connection: Connection, rank: int, port: int) -> None:
 
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # by torch 2.14; accelerate gives it
     torch.set_num_threads(1)
     kept = dict(os.environ)
     while True:

@@ -6,10 +6,11 @@ The oracle is a single process in float64; the section on B_l at the end compare
 import jobs
 import pytest
 import torch
-from helpers import LEARNED, assert_same, count_hooks, logged, weights
+from helpers import LEARNED, assert_same, count_hooks, differ, logged, weights
 from helpers import train as train_alone
 from problems import GPT2
 from test_trainer import CHECKPOINTING
+from transformers import Trainer
 
 # Sums are taken in another order; Adam divides small gradients by their own size.
 CLOSE = {"rtol": 0, "atol": 1e-9}
@@ -40,6 +41,23 @@ def test_2_ranks_of_4_are_1_rank_of_8(options, processes, tmp_path):
     for name in {name for entry in first.log for name in entry if name.startswith(("alignment", "calibration"))}:
         told = [entry[name] for entry in first.log if name in entry]
         assert told == pytest.approx([value for _, value in logged(alone, name)], abs=1e-6), name
+
+
+def test_settings_of_ddp(processes, tmp_path):
+    """Backpropagation with all hooks at work is the stock Trainer's, and the settings do not touch the feedback."""
+    fast = {"ddp_broadcast_buffers": False, "ddp_bucket_cap_mb": 1, "ddp_backend": "gloo", "ddp_timeout": 60}
+    usual = {"max_steps": 4, "gradient_accumulation_steps": 2}
+    every_step = LEARNED | {"calibration_strategy": "steps", "calibration_interval": 1}
+    runs = {}
+    for name, options in {"usual": {}, "fast": fast, "own-tokens": {"average_tokens_across_devices": False}}.items():
+        stock, _ = processes.run(jobs.train, "llama-padded", tmp_path, trainer=Trainer, **usual, **options)
+        ours, _ = processes.run(jobs.train, "llama-padded", tmp_path, **usual, **options, **every_step)
+        assert_same({parameter: ours.weights[parameter] for parameter in stock.weights}, stock.weights)
+        first, second = processes.run(jobs.train, "llama-padded", tmp_path, **usual, **options, **LEARNED)
+        assert_same(first.weights, second.weights)
+        runs[name] = first.weights
+    assert_same(runs["fast"], runs["usual"], **CLOSE)
+    assert differ(runs["own-tokens"], runs["usual"])
 
 
 @pytest.mark.parametrize(
