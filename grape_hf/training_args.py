@@ -6,6 +6,7 @@ listed, is refused here, when the arguments are made.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -271,11 +272,13 @@ class GrapeArgumentsMixin:
             try:
                 number = kind(value)  # YAML reads 1e-3 as a string
                 valid = not isinstance(value, bool) and number == float(value) and low <= number <= high
-            except (TypeError, ValueError):
+                # No limit is a limit as well; of all else there has to be a number.
+                valid = valid and (math.isfinite(number) or name == "feedback_size_limit")
+            except (TypeError, ValueError, OverflowError):
                 valid = False
             if not valid:
                 lowest = {1e-9: "above 0"}.get(low, f"at least {low}")
-                limit = lowest if high == float("inf") else f"{lowest} and at most {high}"
+                limit = f"{lowest} and finite" if high == float("inf") else f"{lowest} and at most {high}"
                 raise ValueError(f"{name}={value!r}: expected {'a whole' if kind is int else 'a'} number, {limit}.")
             setattr(self, name, number)
         for name in ("feedback_normalize", "calibration_refit"):
