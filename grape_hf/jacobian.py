@@ -153,6 +153,7 @@ def jacobian_terms(
     spaces: Sequence[Space] | None = None,
     B: Sequence[Tensor] | None = None,
     mask: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> JacobianSum:
     r"""Compute the sums of rank-one terms of every boundary on one micro-batch, and the number of terms in each.
 
@@ -174,6 +175,8 @@ def jacobian_terms(
         B: feedback matrices ``(n_l, n_y)`` for the control variate.
         mask: ``(batch, positions)``, nonzero where a position is not padding; the others have no say. Not heeded where
             the model sees another batch (chosen and rejected texts in one).
+        targets: the same of the targets, for a decoder below which there is an encoder, and for any model if there is
+            no ``mask``.
 
     Raises:
         ForwardModeError: in dual mode, if an operator has no forward-mode rule or the tangent got lost on the way.
@@ -196,6 +199,8 @@ def jacobian_terms(
             else:
                 v, a = _activation_tangent(h, noise, index, layout)
             padding = own_mask(mask, index, boundaries.pooled)
+            if padding is None and index not in boundaries.pooled:
+                padding = targets
             if padding is not None and v.shape[:2] == padding.shape:
                 v, a = (t * padding.to(t)[..., None] for t in (v, a))
             injected[index] = _Injected(v, a)  # noqa: B023
@@ -208,10 +213,13 @@ def jacobian_terms(
                 q = q - align_positions(t.v.to(q), q.shape[1], index in boundaries.pooled) @ B[index].to(q)
         for index, t in sorted(injected.items()):
             pooled = index in boundaries.pooled
-            terms.sums.append(rank_one_sum(q.to(t.a.device), t.a, pooled))
-            terms.counts.append(t.a.any(-1).count_nonzero())  # neither padding nor h_l = 0
-            same = q.shape[1] == t.a.shape[1] and not pooled
-            terms.tangents.append(terms.counts[-1] if same else torch.tensor(len(q), device=t.a.device))
+            at_top, a = q.to(t.a.device), t.a
+            if pooled and targets is not None and targets.shape == q.shape[:2]:
+                at_top, a = _over_targets(at_top, a, targets.to(a))
+            terms.sums.append(rank_one_sum(at_top, a, pooled))
+            terms.counts.append(a.any(-1).count_nonzero())  # neither padding nor h_l = 0
+            same = q.shape[1] == a.shape[1] and not pooled
+            terms.tangents.append(terms.counts[-1] if same else torch.tensor(len(q), device=a.device))
     return terms
 
 
@@ -219,6 +227,12 @@ def jacobian_terms(
 class _Injected:
     v: Tensor  # what was added at h_l, (batch, positions, n_l), in units of h_l
     a: Tensor  # v / s^2, what q is multiplied with
+
+
+def _over_targets(q: Tensor, a: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of q over the targets that are no padding, and ``a`` without the samples that have none."""
+    number = targets.count_nonzero(1).to(q)[:, None, None]  # (batch, 1, 1)
+    return (q * targets[..., None].to(q)).sum(1, keepdim=True) / number.clamp(min=1), a * (number > 0)
 
 
 Inject = Callable[[int, Tensor, nn.Module, tuple, dict], Tensor | None]

@@ -169,7 +169,12 @@ class GrapeRun:
         return [i for i, place in enumerate(places) if ceil((place + 1) * share) > ceil(place * share)]
 
     def estimate(
-        self, forward: Callable[[], object], places: Sequence[int], mask: Tensor | None = None, counts: bool = True
+        self,
+        forward: Callable[[], object],
+        places: Sequence[int],
+        mask: Tensor | None = None,
+        counts: bool = True,
+        targets: Tensor | None = None,
     ) -> None:
         """Add one micro-batch to this step's estimate of the Jacobians.
 
@@ -178,6 +183,7 @@ class GrapeRun:
             places: their places in the global batch.
             mask: ``(batch, positions)``, nonzero where a position is not padding.
             counts: False if none was chosen, and the forwards are run for the ranks that wait for them (``sharded``).
+            targets: ``(batch, positions)``, nonzero where a target is not padding (``jacobian_terms``).
         """
         assert self.current_step is not None
         noise = Noise(self.seed, self.current_step, places)
@@ -194,6 +200,7 @@ class GrapeRun:
                     spaces=self.spaces,  # type: ignore[arg-type]
                     B=B,
                     mask=mask,
+                    targets=targets,
                 )
 
         try:

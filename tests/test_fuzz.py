@@ -74,6 +74,9 @@ def check(problem: Problem, samples: Samples, options: dict[str, Any], evaluatin
         assert ours.finite or not stock.finite
     elif stock.error is None or ours.ours:
         refused(ours, stock)
+    else:
+        assert type(ours.error) is type(stock.error)
+        assert ours.steps <= stock.steps
     return ours
 
 
