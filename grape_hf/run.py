@@ -98,6 +98,7 @@ class GrapeRun:
         options, points = self.options, self._points
         space, self.boundaries, shapes = points.look(forward, self.sharded)
         points.refuse_size(shapes)
+        self.boundaries.sizes = [h.shape[-1] for h in shapes.h]
         # Each rank has looked at samples of its own.
         B = self.ranks.first(points.initial_feedback(space, self.boundaries, shapes, forward, self.seed))
         finite = FiniteGuard(options.max_skipped_refinements)

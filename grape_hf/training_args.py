@@ -296,6 +296,11 @@ class GrapeArgumentsMixin:
                 f'method="fdfa" learns by feedback_rule="ema", got {self.feedback_rule!r}. For another rule use '
                 'method="grape".'
             )
+        if self.method in ESTIMATING and self.feedback_rule in ("lms", "ema") and (self.feedback_lr or 0.0) > 1:
+            raise ValueError(
+                f"feedback_lr={self.feedback_lr}: expected at most 1 for feedback_rule={self.feedback_rule!r}, a moving "
+                "average, which a higher rate drives away from what it averages."
+            )
         if self.method in ESTIMATING and self.perturbation_space != "activation" and self.feedback_rule != "cosine":
             raise ValueError(
                 f"perturbation_space={self.perturbation_space!r} estimates a direction, not the Jacobian, which only "

@@ -144,6 +144,7 @@ CHANGES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "zeros": lambda s: {name: t * 0 for name, t in s.items() if name != "attention_mask"},
     "label out of range": out_of_range("labels", 99),
     "negative label": out_of_range("labels", -1),
+    "another length": lambda s: shortened(5)(s),
     "token out of range": out_of_range("input_ids", 99),
 }
 # Changes that make sense for all samples only: those of a batch have one shape and dtype.
@@ -173,7 +174,7 @@ HINTS = get_type_hints(GrapeArgumentsMixin)
 OPTIONS = [option.name for option in dataclasses.fields(GrapeArgumentsMixin)]
 PROPER: dict[str, list[Any]] = {
     "blocks_per_feedback": [1, 2, 3, 100],
-    "feedback_lr": [0, 0.02, "1e-3", 0.5, 1],
+    "feedback_lr": [0, 0.02, "1e-3", 0.5, 1, 10],
     "feedback_size_limit": [0, 1e-5, 2.0, float("inf")],
     "jvp_fraction": [1e-9, 0.25, 1],
     "jvp_every": [1, 2, 10**6],

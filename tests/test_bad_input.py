@@ -202,6 +202,29 @@ def test_an_interval_shorter_than_a_step(tmp_path):
     untrained(trainer, GPT2)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"jvp_every": 1},
+        {"jvp_every": 1, "jvp_mode": "finite_difference", "feedback_rule": "ema"},
+        {"method": "dfa"},
+        {"calibration_strategy": "steps", "calibration_interval": 2},
+        {"method": "dfa", "alignment_steps": 1},
+    ],
+)
+def test_samples_of_another_size_where_positions_have_matrices_of_their_own(options, tmp_path):
+    samples = [
+        {name: t[: 8 if i < 4 else 6] for name, t in sample.items()} for i, sample in enumerate(PLAIN.samples(8))
+    ]
+    options = options | {"train_sampling_strategy": "sequential", "feedback_space": "logits"}
+    trainer = make_trainer(PLAIN, tmp_path, feedback_sharing="none", more={"train_dataset": samples}, **options)
+    with refusal("feedback_sharing='none'", "h_1", "128 numbers", ", 6, 16), which is 96", "pad, crop", '"position"'):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    assert count_hooks(trainer.model) == 0
+    make_trainer(PLAIN, tmp_path, max_steps=2, more={"train_dataset": samples}, **options).train()
+
+
 def test_reentrant_checkpointing_is_refused(tmp_path):
     options = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
     with refusal("use_reentrant", "cuts the gradients", '{"use_reentrant": False}'):
@@ -259,6 +282,15 @@ def test_two_forwards_for_one_head(tmp_path):
         ({"calibration_refit": True}, ["calibration_refit=True", "set calibration_strategy"]),
         ({"perturbation_space": "weight"}, ["perturbation_space='weight'", "feedback_rule", "activation"]),
         ({"method": "dfa", "calibration_strategy": "adaptive"}, ["adaptive", "dfa", "alignment_steps"]),
+        ({"feedback_lr": 1.5}, ["feedback_lr=1.5", "at most 1", "feedback_rule='lms'"]),
+        ({"feedback_lr": 1.5, "method": "fdfa"}, ["feedback_lr=1.5", "at most 1", "feedback_rule='ema'"]),
+        ({"feedback_lr": float("inf")}, ["feedback_lr=inf", "at least 0 and finite"]),
+        ({"jvp_every": float("inf")}, ["jvp_every=inf", "a whole number, at least 1 and finite"]),
+        ({"alignment_steps": 10**400}, ["alignment_steps=1000", "a whole number"]),
+        (
+            {"calibration_strategy": "steps", "calibration_interval": float("inf")},
+            ["calibration_interval=inf", "above 0 and finite"],
+        ),
     ],
 )
 def test_options_are_refused_when_they_are_made(options, says, tmp_path):

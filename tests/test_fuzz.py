@@ -87,6 +87,8 @@ def refused(ours: Attempt, stock: Attempt) -> None:
     if isinstance(ours.error, FloatingPointError):
         assert not stock.finite
         return
+    if "feedback_sharing" in str(ours.error) and "samples of one size" in str(ours.error):
+        return  # another size can come up at any time
     assert ours.steps == 0
     assert not ours.files
     # The Trainer caches something in the model's loss when it is made, or trains.

@@ -406,6 +406,35 @@ def test_a_run_that_fell_back_pays_for_no_estimate_or_calibration(tmp_path):
     assert len({value for _, value in logged(run, "alignment/estimate/mean")}) <= 4
 
 
+@pytest.mark.parametrize("measured", [0, 1], ids=["estimate", "exact"])
+def test_a_run_whose_feedback_was_turned_round_calibrates_then_falls_back_and_says_so(measured, tmp_path, caplog):
+    """B_l has the wrong sign from step 5 on and never learns better; the guards are all that there is."""
+
+    def sabotaged(**options: Any) -> GrapeTrainer:
+        run = make_trainer(
+            GPT2, tmp_path, max_steps=40, lr_scheduler_type="constant", **LEARNED | {"feedback_lr": 0.0} | options
+        )
+
+        def turn_round(state: Any, **_: Any) -> None:
+            if state.global_step == 4:
+                run._run.feedback.B = [-b for b in run.feedback]
+
+        run.add_callback(OnEvent("step_begin", turn_round))
+        run.train()
+        return run
+
+    watchful = {"calibration_strategy": "adaptive", "calibration_cooldown": 2, "fallback_patience": 3}
+    guarded = sabotaged(fallback="bp", alignment_steps=measured, **watchful)
+    calibrated = [step for step, count in logged(guarded, "calibration/steps") if count]
+    fallen = [step for step, blocks in logged(guarded, "fallback/blocks") if blocks == 2]
+    assert 5 < calibrated[0] < fallen[0] < 30
+    assert caplog.text.count("GrAPE: falling back at step") == 1
+    unguarded = sabotaged()
+    late, lost = (sum(loss for step, loss in logged(run, "loss") if step > 30) / 10 for run in (guarded, unguarded))
+    first = logged(guarded, "loss")[0][1]
+    assert late < first < lost  # 2.9, 3.0 and 3.4
+
+
 def test_some_fall_back_and_some_do_not(tmp_path):
     """The learned B_2 stays aligned, B_1 of a run with gaussian start does not reach the threshold in time."""
     options = LEARNED | {"fallback": "block", "fallback_threshold": 0.97, "fallback_patience": 3}
