@@ -308,15 +308,26 @@ def _grouped(x: Tensor, weight: Tensor, offs: Tensor | None, out_dtype: torch.dt
     return torch._grouped_mm(x, weight, offs=offs, out_dtype=out_dtype)
 
 
+# Of a half-precision input and float32 weights (autocast) torch's rules make a tangent in another dtype than the value,
+# which the next convolution refuses.
+_NORMS = (F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm)
+
+
 class _ConstantFactors(TorchFunctionMode):
     """Compute (x W + b, v W) for a dual number x and constant W, b, as it stands.
 
     Left to itself torch also multiplies x with the weights' tangent, a matrix of zeros: three products for two, and a
-    dual pass of a Transformer then takes a fifth longer.
+    dual pass of a Transformer then takes a fifth longer. Norms get their tangent in the dtype of their value.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func in _NORMS:
+            normed = func(*args, **kwargs)
+            value, tangent = forward_ad.unpack_dual(normed)
+            if tangent is None or tangent.dtype == value.dtype:
+                return normed
+            return forward_ad.make_dual(value, tangent.to(value.dtype))
         if func not in _LINEAR or (kwargs and func is not torch._grouped_mm):
             return func(*args, **kwargs)
         unpacked = {i: forward_ad.unpack_dual(a) for i, a in enumerate(args) if isinstance(a, Tensor)}

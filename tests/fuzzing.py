@@ -95,11 +95,12 @@ def t5() -> nn.Module:
     return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes))
 
 
+CONVNET = Problem("convnet", ConvNet, image)
 MODELS = [
     *(GPT2, DROPOUT, PADDED, PLAIN, MLP, NOISY, BARE, NARROWING),
     Problem("bert-masked", lambda: bert(BertForMaskedLM), masked),
     Problem("bert-classifier", lambda: bert(BertForSequenceClassification), classified),
-    Problem("convnet", ConvNet, image),
+    CONVNET,
     Problem("t5", t5, padded_text),
     Problem("one-block", lambda: PlainLanguageModel(blocks=1), GPT2.draw),
 ]
