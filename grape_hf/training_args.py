@@ -281,6 +281,8 @@ class GrapeArgumentsMixin:
                 limit = f"{lowest} and finite" if high == float("inf") else f"{lowest} and at most {high}"
                 raise ValueError(f"{name}={value!r}: expected {'a whole' if kind is int else 'a'} number, {limit}.")
             setattr(self, name, number)
+        if not isinstance(self.blocks, str | None):
+            raise ValueError(f"blocks={self.blocks!r}: expected names in one string, separated by commas, or None.")
         for name in ("feedback_normalize", "calibration_refit"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False.")
@@ -298,8 +300,8 @@ class GrapeArgumentsMixin:
             )
         if self.method in ESTIMATING and self.feedback_rule in ("lms", "ema") and (self.feedback_lr or 0.0) > 1:
             raise ValueError(
-                f"feedback_lr={self.feedback_lr}: expected at most 1 for feedback_rule={self.feedback_rule!r}, a moving "
-                "average, which a higher rate drives away from what it averages."
+                f"feedback_lr={self.feedback_lr}: expected at most 1 for feedback_rule={self.feedback_rule!r}, a "
+                "moving average, which a higher rate drives away from what it averages."
             )
         if self.method in ESTIMATING and self.perturbation_space != "activation" and self.feedback_rule != "cosine":
             raise ValueError(

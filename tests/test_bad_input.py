@@ -282,6 +282,7 @@ def test_two_forwards_for_one_head(tmp_path):
         ({"calibration_refit": True}, ["calibration_refit=True", "set calibration_strategy"]),
         ({"perturbation_space": "weight"}, ["perturbation_space='weight'", "feedback_rule", "activation"]),
         ({"method": "dfa", "calibration_strategy": "adaptive"}, ["adaptive", "dfa", "alignment_steps"]),
+        ({"blocks": ["a", "b"]}, ["blocks=['a', 'b']", "one string", "commas"]),
         ({"feedback_lr": 1.5}, ["feedback_lr=1.5", "at most 1", "feedback_rule='lms'"]),
         ({"feedback_lr": 1.5, "method": "fdfa"}, ["feedback_lr=1.5", "at most 1", "feedback_rule='ema'"]),
         ({"feedback_lr": float("inf")}, ["feedback_lr=inf", "at least 0 and finite"]),

@@ -484,7 +484,9 @@ class FlatConvNet(ConvNet):
 def test_dual_numbers_in_half_precision(tmp_path):
     """Behind a batch norm under autocast a tangent is in another dtype than its value, unless it is brought to it."""
     options = LEARNED | {"jvp_mode": "dual", "feedback_space": "logits", "feedback_init": "zero", "max_steps": 1}
-    problem = Problem("flat", FlatConvNet, lambda g: {"x": torch.randn(2, 4, 4, generator=g), "labels": torch.tensor(1)})
+    problem = Problem(
+        "flat", FlatConvNet, lambda g: {"x": torch.randn(2, 4, 4, generator=g), "labels": torch.tensor(1)}
+    )
     half, full = (train(problem, tmp_path, bf16=bf16, **options).feedback for bf16 in (True, False))
     for a, b in zip(half, full, strict=True):
         assert frobenius_cosine(a, b) > 0.99  # bf16 has 8 bits

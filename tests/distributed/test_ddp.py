@@ -38,7 +38,9 @@ def test_2_ranks_of_4_are_1_rank_of_8(options, processes, tmp_path):
     assert_same(first.weights, weights(alone), **tolerance)
     assert_same(second.weights, first.weights)
     assert first.hooks == (0, count_hooks(alone.model))  # activation checkpointing leaves one at the embeddings
-    for name in {name for entry in first.log for name in entry if name.startswith(("alignment", "calibration", "fallback"))}:
+    for name in {
+        name for entry in first.log for name in entry if name.startswith(("alignment", "calibration", "fallback"))
+    }:
         told = [entry[name] for entry in first.log if name in entry]
         assert told == pytest.approx([value for _, value in logged(alone, name)], abs=1e-6), name
 
