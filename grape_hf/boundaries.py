@@ -190,8 +190,8 @@ class Boundaries:
         raise ValueError(
             f"feedback_sharing={self.layout.sharing!r} makes B_{index + 1} for samples of one size: expected "
             f"h_{index + 1}, the output of block {index + 1}, as vectors of {self.sizes[index]:,} numbers as at the "
-            f"first step, got {tuple(h.shape)}, which is {found:,} each. Bring all samples to one size (pad, crop), or use "
-            'feedback_sharing="position".'
+            f"first step, got {tuple(h.shape)}, which is {found:,} each. Bring all samples to one size (pad, crop), or "
+            'use feedback_sharing="position".'
         )
 
     @contextmanager

@@ -104,7 +104,6 @@ def refused(ours: Attempt, stock: Attempt) -> None:
 @settings(max_examples=20 * EXAMPLES)
 @given(options=any_options)
 def test_any_value_of_any_option_is_right_or_refused_by_its_name(options):
-    made, error = None, None
     made, refusal = None, ""
     try:
         made = GrapeArgumentsMixin(**options)
