@@ -118,6 +118,17 @@ def test_auto_takes_what_fits(tmp_path):
     assert [tuple(b.shape) for b in trainer.feedback] == [(16, 8), (8, 8)]
 
 
+def test_a_refused_model_is_still_in_the_mode_that_it_came_in(tmp_path):
+    """Here a part of it is in eval mode, as ``from_pretrained`` hands models out; the first step turns that off."""
+    trainer = make_trainer(GPT2, tmp_path, feedback_size_limit=1e-9)
+    trainer.model.transformer.h.eval()
+    before = [module.training for module in trainer.model.modules()]
+    with refusal("would take 1.91e-06 GiB, more than feedback_size_limit=1e-09", "at transformer.h.0, is 16 x 16"):
+        trainer.train()
+    assert [module.training for module in trainer.model.modules()] == before
+    untrained(trainer, GPT2)
+
+
 class Headless(PlainLanguageModel):
     def __init__(self) -> None:
         super().__init__()
