@@ -156,6 +156,7 @@ class Boundaries:
 
     Attributes:
         copied: boundaries whose h_l the next block changes in place, which therefore gets a copy (``probe``).
+        sizes: n_l of each h_l, which every forward that counts must have; any by default.
 
     Raises:
         ValueError: if there is no block.
@@ -175,11 +176,23 @@ class Boundaries:
         self.output = ends(self.blocks[-1])[1] if output is None else output
         self.layout, self.whole, self.pooled = layout, whole, frozenset(pooled)
         self.copied: set[int] = set()
+        self.sizes: list[int] | None = None
         self._mode: _Mode | None = None
 
     def __len__(self) -> int:
         """Count the feedback points, L - 1."""
         return len(self.blocks) - 1
+
+    def check_size(self, index: int, h: Tensor) -> None:
+        """Raise ValueError if h_l has another size than its B_l was made for."""
+        if self.sizes is None or (found := self.layout.width(h.shape)) == self.sizes[index]:
+            return
+        raise ValueError(
+            f"feedback_sharing={self.layout.sharing!r} makes B_{index + 1} for samples of one size: expected "
+            f"h_{index + 1}, the output of block {index + 1}, as vectors of {self.sizes[index]:,} numbers as at the "
+            f"first step, got {tuple(h.shape)}, which is {found:,} each. Bring all samples to one size (pad, crop), or "
+            'use feedback_sharing="position".'
+        )
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -243,7 +256,7 @@ class Boundaries:
         Raises:
             OutputNotReachedError: if the forward ended without reaching y.
         """
-        mode = _PerturbMode(inject, self.whole)
+        mode = _PerturbMode(inject, self.whole, self.check_size)
         with self._in_mode(mode), suppress(OutputReached):
             yield mode.forward
         if mode.forward.y is None:
@@ -308,7 +321,7 @@ class _Mode:
 
 class _BroadcastMode(_Mode):
     def __init__(self, boundaries: Boundaries, B: list[Matrix | None], mask: Tensor | None, keep: bool) -> None:
-        self.B, self.mask = B, mask
+        self.B, self.mask, self.check_size = B, mask, boundaries.check_size
         self.layout, self.copied, self.pooled = boundaries.layout, boundaries.copied, boundaries.pooled
         self.star = _Star(self.layout)  # of the forward under way
         self.keep, self.forwards = keep, list[Forward]()
@@ -329,6 +342,7 @@ class _BroadcastMode(_Mode):
                 f"block 1 ({type(block).__name__}) ran again on what the last block had made of its output. Direct "
                 "feedback needs a chain of blocks that run once each: name others with the option `blocks`."
             )
+        self.check_size(index, h)
         if self.keep:
             if not self.waiting:
                 self.forwards.append(Forward(self.layout, pooled=self.pooled))
@@ -369,11 +383,13 @@ class _BroadcastMode(_Mode):
 
 class _RecordMode(_Mode):
     def __init__(self, boundaries: Boundaries) -> None:
+        self.check_size = boundaries.check_size
         self.layout, self.copied, self.pooled = boundaries.layout, boundaries.copied, boundaries.pooled
         self.forwards: list[Forward] = []
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         if torch.is_grad_enabled():
+            self.check_size(index, h)
             if index == 0 or not self.forwards:
                 self.forwards.append(Forward(self.layout, pooled=self.pooled))
             self.forwards[-1].h[index] = _keep_grad(h)
@@ -387,15 +403,23 @@ class _RecordMode(_Mode):
 
 
 class _PerturbMode(_Mode):
-    def __init__(self, inject: Callable[[int, Tensor, nn.Module, tuple, dict], Tensor], whole: bool) -> None:
-        self.inject, self.whole, self.forward = inject, whole, Forward()
+    def __init__(
+        self,
+        inject: Callable[[int, Tensor, nn.Module, tuple, dict], Tensor],
+        whole: bool,
+        check_size: Callable[[int, Tensor], None],
+    ) -> None:
+        self.inject, self.whole, self.check_size, self.forward = inject, whole, check_size, Forward()
         self.under_way = not torch.is_grad_enabled()  # else the forward meant begins with gradients
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         if self.forward.y is not None:  # a further forward for the same loss
             return h
         self.under_way = self.under_way or torch.is_grad_enabled()
-        return self.inject(index, h, block, args, kwargs) if self.under_way else h
+        if not self.under_way:
+            return h
+        self.check_size(index, h)
+        return self.inject(index, h, block, args, kwargs)
 
     def at_output(self, y: Tensor) -> Tensor:
         if not self.under_way or self.forward.y is not None:

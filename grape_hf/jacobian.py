@@ -154,6 +154,7 @@ def jacobian_terms(
     spaces: Sequence[Space] | None = None,
     B: Sequence[Tensor] | None = None,
     mask: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> JacobianSum:
     r"""Compute the sums of rank-one terms of every boundary on one micro-batch, and the number of terms in each.
 
@@ -175,6 +176,8 @@ def jacobian_terms(
         B: feedback matrices ``(n_l, n_y)`` for the control variate.
         mask: ``(batch, positions)``, nonzero where a position is not padding; the others have no say. Not heeded where
             the model sees another batch (chosen and rejected texts in one).
+        targets: the same of the targets, for a decoder below which there is an encoder, and for any model if there is
+            no ``mask``.
 
     Raises:
         ForwardModeError: in dual mode, if an operator has no forward-mode rule or the tangent got lost on the way.
@@ -197,6 +200,8 @@ def jacobian_terms(
             else:
                 v, a = _activation_tangent(h, noise, index, layout)
             padding = own_mask(mask, index, boundaries.pooled)
+            if padding is None and index not in boundaries.pooled:
+                padding = targets
             if padding is not None and v.shape[:2] == padding.shape:
                 v, a = (t * padding.to(t)[..., None] for t in (v, a))
             injected[index] = _Injected(v, a)  # noqa: B023
@@ -209,10 +214,13 @@ def jacobian_terms(
                 q = q - align_positions(t.v.to(q), q.shape[1], index in boundaries.pooled) @ B[index].to(q)
         for index, t in sorted(injected.items()):
             pooled = index in boundaries.pooled
-            terms.sums.append(rank_one_sum(q.to(t.a.device), t.a, pooled))
-            terms.counts.append(t.a.any(-1).count_nonzero())  # neither padding nor h_l = 0
-            same = q.shape[1] == t.a.shape[1] and not pooled
-            terms.tangents.append(terms.counts[-1] if same else torch.tensor(len(q), device=t.a.device))
+            at_top, a = q.to(t.a.device), t.a
+            if pooled and targets is not None and targets.shape == q.shape[:2]:
+                at_top, a = _over_targets(at_top, a, targets.to(a))
+            terms.sums.append(rank_one_sum(at_top, a, pooled))
+            terms.counts.append(a.any(-1).count_nonzero())  # neither padding nor h_l = 0
+            same = q.shape[1] == a.shape[1] and not pooled
+            terms.tangents.append(terms.counts[-1] if same else torch.tensor(len(q), device=a.device))
     return terms
 
 
@@ -220,6 +228,12 @@ def jacobian_terms(
 class _Injected:
     v: Tensor  # what was added at h_l, (batch, positions, n_l), in units of h_l
     a: Tensor  # v / s^2, what q is multiplied with
+
+
+def _over_targets(q: Tensor, a: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of q over the targets that are no padding, and ``a`` without the samples that have none."""
+    number = targets.count_nonzero(1).to(q)[:, None, None]  # (batch, 1, 1)
+    return (q * targets[..., None].to(q)).sum(1, keepdim=True) / number.clamp(min=1), a * (number > 0)
 
 
 Inject = Callable[[int, Tensor, nn.Module, tuple, dict], Tensor | None]
@@ -295,15 +309,26 @@ def _grouped(x: Tensor, weight: Tensor, offs: Tensor | None, out_dtype: torch.dt
     return torch._grouped_mm(x, weight, offs=offs, out_dtype=out_dtype)
 
 
+# Of a half-precision input and float32 weights (autocast) torch's rules make a tangent in another dtype than the value,
+# which the next convolution refuses.
+_NORMS = (F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm)
+
+
 class _ConstantFactors(TorchFunctionMode):
     """Compute (x W + b, v W) for a dual number x and constant W, b, as it stands.
 
     Left to itself torch also multiplies x with the weights' tangent, a matrix of zeros: three products for two, and a
-    dual pass of a Transformer then takes a fifth longer.
+    dual pass of a Transformer then takes a fifth longer. Norms get their tangent in the dtype of their value.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func in _NORMS:
+            normed = func(*args, **kwargs)
+            value, tangent = forward_ad.unpack_dual(normed)
+            if tangent is None or tangent.dtype == value.dtype:
+                return normed
+            return forward_ad.make_dual(value, tangent.to(value.dtype))
         if func not in _LINEAR or (kwargs and func is not torch._grouped_mm):
             return func(*args, **kwargs)
         unpacked = {i: forward_ad.unpack_dual(a) for i, a in enumerate(args) if isinstance(a, Tensor)}

@@ -52,6 +52,15 @@ class Layout:
         maps = maps.reshape(batch, channels, rows, height // rows, columns, width // columns)
         return maps.permute(0, 3, 5, 1, 2, 4).reshape(batch, -1, channels * rows * columns)
 
+    def width(self, shape: torch.Size) -> int:
+        """Return n, how long the vectors of an activation of ``shape`` are."""
+        if len(shape) == 2 or (len(shape) == 3 and self.sharing != "none"):
+            return shape[-1]
+        if len(shape) != 4 or self.sharing in ("none", "auto"):
+            return shape[1:].numel()
+        height, width, channels = shape[1:] if self.channels_last else (*shape[2:], shape[1])
+        return channels * self._cells(height) * self._cells(width)
+
     def restore(self, vectors: Tensor, shape: torch.Size) -> Tensor:
         """Return vectors ``(batch, positions, n)`` as an activation of ``shape``: the inverse of ``vectors``."""
         if len(shape) != 4 or self.sharing in ("none", "auto"):

@@ -147,7 +147,7 @@ class FeedbackPoints:
         largest = max(range(len(shapes.sizes)), key=shapes.sizes.__getitem__)
         h = shapes.h[largest].shape[-1]
         raise ValueError(
-            f"the feedback matrices would take {size:.1f} GiB, more than feedback_size_limit={limit} allows; the "
+            f"the feedback matrices would take {size:.3g} GiB, more than feedback_size_limit={limit} allows; the "
             f"largest, at {self.names[largest]}, is {h:,} x {shapes.n_y:,}. Share one matrix among the positions "
             'of a map (feedback_sharing="position" or "grid"), use fewer feedback points (blocks_per_feedback), '
             'measure the error where it has fewer numbers (feedback_space="logits" for few classes), or raise the '

@@ -98,6 +98,7 @@ class GrapeRun:
         options, points = self.options, self._points
         space, self.boundaries, shapes = points.look(forward, self.sharded)
         points.refuse_size(shapes)
+        self.boundaries.sizes = [h.shape[-1] for h in shapes.h]
         # Each rank has looked at samples of its own.
         B = self.ranks.first(points.initial_feedback(space, self.boundaries, shapes, forward, self.seed))
         finite = FiniteGuard(options.max_skipped_refinements)
@@ -170,7 +171,12 @@ class GrapeRun:
         return [i for i, place in enumerate(places) if ceil((place + 1) * share) > ceil(place * share)]
 
     def estimate(
-        self, forward: Callable[[], object], places: Sequence[int], mask: Tensor | None = None, counts: bool = True
+        self,
+        forward: Callable[[], object],
+        places: Sequence[int],
+        mask: Tensor | None = None,
+        counts: bool = True,
+        targets: Tensor | None = None,
     ) -> None:
         """Add one micro-batch to this step's estimate of the Jacobians.
 
@@ -179,6 +185,7 @@ class GrapeRun:
             places: their places in the global batch.
             mask: ``(batch, positions)``, nonzero where a position is not padding.
             counts: False if none was chosen, and the forwards are run for the ranks that wait for them (``sharded``).
+            targets: ``(batch, positions)``, nonzero where a target is not padding (``jacobian_terms``).
         """
         assert self.current_step is not None
         noise = Noise(self.seed, self.current_step, places)
@@ -195,6 +202,7 @@ class GrapeRun:
                     spaces=self.spaces,  # type: ignore[arg-type]
                     B=B,
                     mask=mask,
+                    targets=targets,
                 )
 
         try:

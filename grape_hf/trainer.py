@@ -121,7 +121,8 @@ class GrapeMixin(PushMixin):
             some = chosen or [0]
             taken = self._prepare_inputs(take_samples(inputs, some, len(places)))
             mask = self._padding_mask(taken)
-            run.estimate(lambda: self._loss(taken), [places[i] for i in some], mask, counts=bool(chosen))
+            own = [places[i] for i in some]
+            run.estimate(lambda: self._loss(taken), own, mask, counts=bool(chosen), targets=target_mask(taken))
 
     def _loss(self, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         with self.compute_loss_context_manager():
@@ -167,8 +168,14 @@ class GrapeMixin(PushMixin):
         # arguments hold now (a hyperparameter search changes them).
         self._run, self._resumed_from, self.grape_options = None, None, options_of(self.args)
         self._baseline, self._micro_batch = None, (-1, 0)
+        training = [(module, module.training) for module in self.model.modules()]
         try:
             return super()._inner_training_loop(*args, **kwargs)
+        except Exception:
+            if self._run is not None and self.state.global_step == 0:  # refused: the model is as it was
+                for module, was_training in training:
+                    module.training = was_training
+            raise
         finally:
             if self._run is not None:
                 self._run.close()
@@ -360,6 +367,22 @@ def options_of(args: Any) -> GrapeArgumentsMixin:
     """Return GrAPE's options out of training arguments of any kind; the defaults where they carry none."""
     names = [option.name for option in dataclasses.fields(GrapeArgumentsMixin)]
     return GrapeArgumentsMixin(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+def target_mask(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return which positions of the targets are no padding, ``(batch, positions)``; None where nothing says so.
+
+    That is ``decoder_attention_mask``; or else all up to a sample's last label that is not -100, which is how
+    collators pad labels. A position in front of it that has no label (a prompt) counts: it is no padding, and its
+    Jacobian goes into the mean like any other, although no error arises there.
+    """
+    mask = inputs.get("decoder_attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.is_floating_point():
+        return None
+    return (labels != -100).flip(1).cumsum(1).flip(1) > 0
 
 
 def take_samples(inputs: Any, chosen: list[int], batch: int) -> Any:

@@ -6,6 +6,7 @@ listed, is refused here, when the arguments are made.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -271,13 +272,17 @@ class GrapeArgumentsMixin:
             try:
                 number = kind(value)  # YAML reads 1e-3 as a string
                 valid = not isinstance(value, bool) and number == float(value) and low <= number <= high
-            except (TypeError, ValueError):
+                # No limit is a limit as well; of all else there has to be a number.
+                valid = valid and (math.isfinite(number) or name == "feedback_size_limit")
+            except (TypeError, ValueError, OverflowError):
                 valid = False
             if not valid:
                 lowest = {1e-9: "above 0"}.get(low, f"at least {low}")
-                limit = lowest if high == float("inf") else f"{lowest} and at most {high}"
+                limit = f"{lowest} and finite" if high == float("inf") else f"{lowest} and at most {high}"
                 raise ValueError(f"{name}={value!r}: expected {'a whole' if kind is int else 'a'} number, {limit}.")
             setattr(self, name, number)
+        if not isinstance(self.blocks, str | None):
+            raise ValueError(f"blocks={self.blocks!r}: expected names in one string, separated by commas, or None.")
         for name in ("feedback_normalize", "calibration_refit"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False.")
@@ -292,6 +297,11 @@ class GrapeArgumentsMixin:
             raise ValueError(
                 f'method="fdfa" learns by feedback_rule="ema", got {self.feedback_rule!r}. For another rule use '
                 'method="grape".'
+            )
+        if self.method in ESTIMATING and self.feedback_rule in ("lms", "ema") and (self.feedback_lr or 0.0) > 1:
+            raise ValueError(
+                f"feedback_lr={self.feedback_lr}: expected at most 1 for feedback_rule={self.feedback_rule!r}, a "
+                "moving average, which a higher rate drives away from what it averages."
             )
         if self.method in ESTIMATING and self.perturbation_space != "activation" and self.feedback_rule != "cosine":
             raise ValueError(

@@ -118,6 +118,17 @@ def test_auto_takes_what_fits(tmp_path):
     assert [tuple(b.shape) for b in trainer.feedback] == [(16, 8), (8, 8)]
 
 
+def test_a_refused_model_is_still_in_the_mode_that_it_came_in(tmp_path):
+    """Here a part of it is in eval mode, as ``from_pretrained`` hands models out; the first step turns that off."""
+    trainer = make_trainer(GPT2, tmp_path, feedback_size_limit=1e-9)
+    trainer.model.transformer.h.eval()
+    before = [module.training for module in trainer.model.modules()]
+    with refusal("would take 1.91e-06 GiB, more than feedback_size_limit=1e-09", "at transformer.h.0, is 16 x 16"):
+        trainer.train()
+    assert [module.training for module in trainer.model.modules()] == before
+    untrained(trainer, GPT2)
+
+
 class Headless(PlainLanguageModel):
     def __init__(self) -> None:
         super().__init__()
@@ -202,6 +213,29 @@ def test_an_interval_shorter_than_a_step(tmp_path):
     untrained(trainer, GPT2)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"jvp_every": 1},
+        {"jvp_every": 1, "jvp_mode": "finite_difference", "feedback_rule": "ema"},
+        {"method": "dfa"},
+        {"calibration_strategy": "steps", "calibration_interval": 2},
+        {"method": "dfa", "alignment_steps": 1},
+    ],
+)
+def test_samples_of_another_size_where_positions_have_matrices_of_their_own(options, tmp_path):
+    samples = [
+        {name: t[: 8 if i < 4 else 6] for name, t in sample.items()} for i, sample in enumerate(PLAIN.samples(8))
+    ]
+    options = options | {"train_sampling_strategy": "sequential", "feedback_space": "logits"}
+    trainer = make_trainer(PLAIN, tmp_path, feedback_sharing="none", more={"train_dataset": samples}, **options)
+    with refusal("feedback_sharing='none'", "h_1", "128 numbers", ", 6, 16), which is 96", "pad, crop", '"position"'):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    assert count_hooks(trainer.model) == 0
+    make_trainer(PLAIN, tmp_path, max_steps=2, more={"train_dataset": samples}, **options).train()
+
+
 @pytest.mark.parametrize("said", [{"use_reentrant": True}, {"preserve_rng_state": False}], ids=["said", "default"])
 def test_reentrant_checkpointing_is_refused(said, tmp_path):
     options = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": said}
@@ -260,6 +294,16 @@ def test_two_forwards_for_one_head(tmp_path):
         ({"calibration_refit": True}, ["calibration_refit=True", "set calibration_strategy"]),
         ({"perturbation_space": "weight"}, ["perturbation_space='weight'", "feedback_rule", "activation"]),
         ({"method": "dfa", "calibration_strategy": "adaptive"}, ["adaptive", "dfa", "alignment_steps"]),
+        ({"blocks": ["a", "b"]}, ["blocks=['a', 'b']", "one string", "commas"]),
+        ({"feedback_lr": 1.5}, ["feedback_lr=1.5", "at most 1", "feedback_rule='lms'"]),
+        ({"feedback_lr": 1.5, "method": "fdfa"}, ["feedback_lr=1.5", "at most 1", "feedback_rule='ema'"]),
+        ({"feedback_lr": float("inf")}, ["feedback_lr=inf", "at least 0 and finite"]),
+        ({"jvp_every": float("inf")}, ["jvp_every=inf", "a whole number, at least 1 and finite"]),
+        ({"alignment_steps": 10**400}, ["alignment_steps=1000", "a whole number"]),
+        (
+            {"calibration_strategy": "steps", "calibration_interval": float("inf")},
+            ["calibration_interval=inf", "above 0 and finite"],
+        ),
     ],
 )
 def test_options_are_refused_when_they_are_made(options, says, tmp_path):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from grape_hf import GrapeTrainer
+from grape_hf.alignment import frobenius_cosine
 from grape_hf.boundaries import Boundaries
 from grape_hf.feedback import Feedback
 from grape_hf.isolation import isolated
@@ -461,3 +462,44 @@ def test_the_parts_of_a_plain_stack_are_one_block_in_weight_space(tmp_path):
         sums.append(terms.sums)
     for a, b in zip(*sums, strict=True):
         torch.testing.assert_close(a, b)
+
+
+class FlatConvNet(ConvNet):
+    """With batch norms, and a head that does not average their centred maps away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.insert(1, nn.BatchNorm2d(block[0].out_channels))
+        self.fc = nn.Linear(4 * 2 * 2, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        for block in self.blocks:
+            x = block(x)
+        logits = self.fc(x.flatten(1))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class Rounded(Noise):
+    """The same numbers in every dtype; torch 2.11 draws others in bf16."""
+
+    def vectors(self, index: int, like: Tensor) -> Tensor:
+        return super().vectors(index, like.float()).to(like.dtype)
+
+
+def test_dual_numbers_in_half_precision():
+    """Behind a batch norm under autocast a tangent is in another dtype than its value, unless it is brought to it."""
+    model = FlatConvNet()
+    batch = {"x": torch.randn(4, 2, 4, 4), "labels": torch.zeros(4, dtype=torch.long)}
+    boundaries = Boundaries(list(model.blocks), model.fc)
+
+    def estimate(half: bool) -> list[Tensor]:
+        def forward() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                model(**batch)
+
+        with isolated(model), boundaries.attached():
+            return jacobian_terms(boundaries, forward, Rounded(0, 0, range(4))).mean()
+
+    for a, b in zip(estimate(half=True), estimate(half=False), strict=True):
+        assert frobenius_cosine(a, b) > 0.99  # bf16 has 8 bits

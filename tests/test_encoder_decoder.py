@@ -20,8 +20,9 @@ from grape_hf.alignment import delta_products
 from grape_hf.blocks import find_blocks, find_encoder
 from grape_hf.feedback import exact_pair
 from grape_hf.isolation import isolated
-from grape_hf.jacobian import Noise, jacobian_terms
+from grape_hf.jacobian import JacobianSum, Noise, jacobian_terms
 from grape_hf.run import GrapeRun
+from grape_hf.trainer import target_mask
 
 T5, BART = (next(m for m in MODELS if m.name == f"encoder-decoder-{family}") for family in ("t5", "bart"))
 ENCODER = 2  # blocks of the encoder, in front of three of the decoder
@@ -159,6 +160,48 @@ def test_padding_of_sources_is_no_padding_of_targets():
         terms = jacobian_terms(run.boundaries, lambda: model(**batch), noise, mask=mask)
     run.close()
     assert [int(n) for n in terms.counts] == [21, 21, 24, 24]  # 3 of 24 positions are padding
+
+
+@pytest.mark.parametrize("predicted", [False, True], ids=["estimate", "residual"])
+@pytest.mark.parametrize("tiny", [T5, BART], ids=["t5", "bart"])
+def test_padding_of_targets_has_no_say(tiny, predicted):
+    """Targets of four lengths, padded to eight in one batch, or each by itself; the last sample has none at all."""
+    model, batch = tiny.build().double(), batch_of(tiny, 4, targets=8)
+    lengths = (8, 5, 3, 0)
+    for row, length in zip(batch["labels"], lengths, strict=True):
+        row[length:] = -100
+    run = started(model, batch)
+    B = [torch.randn_like(b) for b in run.feedback.B] if predicted else None
+    apart = JacobianSum()
+    with isolated(model):
+        padded = jacobian_terms(
+            run.boundaries,
+            lambda: model(**batch),
+            Noise(0, 0, range(4)),
+            mask=batch["attention_mask"],
+            targets=target_mask(batch),
+            B=B,
+        )
+        for i, length in enumerate(lengths[:3]):
+            one = {name: value[i : i + 1] for name, value in batch.items()}
+            one["labels"] = one["labels"][:, :length]
+            mask, noise = one["attention_mask"], Noise(0, 0, [i])
+            apart.add(jacobian_terms(run.boundaries, lambda one=one: model(**one), noise, mask=mask, B=B))
+    run.close()
+    assert padded.counts == apart.counts
+    for a, b in zip(padded.sums, apart.sums, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_says_where_targets_end():
+    labels = torch.tensor([[-100, 5, -100, 6, -100, -100], [-100] * 6])
+    ends = torch.tensor([[1, 1, 1, 1, 0, 0], [0] * 6])
+    assert torch.equal(target_mask({"labels": labels}), ends.bool())
+    assert target_mask({"labels": labels, "decoder_attention_mask": 1 - ends}) is not None
+    assert torch.equal(target_mask({"labels": labels, "decoder_attention_mask": 1 - ends}), 1 - ends)
+    for labels in (torch.tensor([1, 2]), torch.randn(2, 6), [1, 2]):
+        assert target_mask({"labels": labels}) is None
+    assert target_mask({}) is None
 
 
 def test_exact_deltas_of_an_encoder_meet_the_summed_error():

@@ -268,10 +268,12 @@ def collator(**options: Any) -> DataCollatorForLanguageModeling:
 
 
 @pytest.mark.parametrize("jvp_mode", ["dual", "finite_difference"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(("kind", "marked"), [("gpt2", True), ("llama", True), ("gpt2", False)])
 @every_rule
-def test_padded_and_unpadded_batches_estimate_alike(options, kind, jvp_mode, tmp_path):
+def test_padded_and_unpadded_batches_estimate_alike(options, kind, marked, jvp_mode, tmp_path):
     """Texts of four lengths, padded to 16 in one batch, or each by itself, unpadded, in a micro-batch of its own.
+
+    Where there is no attention mask, what is behind the last label is padding.
 
     The sums have another order, so a float32 rounding apart; finite differences divide such by 1e-4.
     """
@@ -281,7 +283,9 @@ def test_padded_and_unpadded_batches_estimate_alike(options, kind, jvp_mode, tmp
     options = options | {"max_steps": 1, "jvp_mode": jvp_mode, "train_sampling_strategy": "sequential"}
 
     def trained(batch: int, **padding: Any) -> GrapeTrainer:
-        more = {"train_dataset": texts, "data_collator": collator(**padding)}
+        collate = collator(**padding)
+        kept = ("input_ids", "labels", "attention_mask")[: 3 if marked else 2]
+        more = {"train_dataset": texts, "data_collator": lambda rows: {n: collate(rows)[n] for n in kept}}
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch}
         return train(problem, tmp_path, more=more, remove_unused_columns=False, **options | sizes)
 
@@ -400,6 +404,35 @@ def test_a_run_that_fell_back_pays_for_no_estimate_or_calibration(tmp_path):
     assert logged(run, "calibration/steps")[-1][1] <= 1
     assert max(step for step, _ in logged(run, "alignment/exact/mean")) <= 4
     assert len({value for _, value in logged(run, "alignment/estimate/mean")}) <= 4
+
+
+@pytest.mark.parametrize("measured", [0, 1], ids=["estimate", "exact"])
+def test_a_run_whose_feedback_was_turned_round_calibrates_then_falls_back_and_says_so(measured, tmp_path, caplog):
+    """B_l has the wrong sign from step 5 on and never learns better; the guards are all that there is."""
+
+    def sabotaged(**options: Any) -> GrapeTrainer:
+        run = make_trainer(
+            GPT2, tmp_path, max_steps=40, lr_scheduler_type="constant", **LEARNED | {"feedback_lr": 0.0} | options
+        )
+
+        def turn_round(state: Any, **_: Any) -> None:
+            if state.global_step == 4:
+                run._run.feedback.B = [-b for b in run.feedback]
+
+        run.add_callback(OnEvent("step_begin", turn_round))
+        run.train()
+        return run
+
+    watchful = {"calibration_strategy": "adaptive", "calibration_cooldown": 2, "fallback_patience": 3}
+    guarded = sabotaged(fallback="bp", alignment_steps=measured, **watchful)
+    calibrated = [step for step, count in logged(guarded, "calibration/steps") if count]
+    fallen = [step for step, blocks in logged(guarded, "fallback/blocks") if blocks == 2]
+    assert 5 < calibrated[0] < fallen[0] < 30
+    assert caplog.text.count("GrAPE: falling back at step") == 1
+    unguarded = sabotaged()
+    late, lost = (sum(loss for step, loss in logged(run, "loss") if step > 30) / 10 for run in (guarded, unguarded))
+    first = logged(guarded, "loss")[0][1]
+    assert late < first < lost  # 2.9, 3.0 and 3.4
 
 
 def test_some_fall_back_and_some_do_not(tmp_path):

@@ -15,6 +15,7 @@ def test_restore_is_the_inverse(sharing, channels_last, shape):
     h = torch.randn(shape)
     layout = Layout(sharing, channels_last)
     assert torch.equal(layout.restore(layout.vectors(h), h.shape), h)
+    assert layout.width(h.shape) == layout.vectors(h).shape[-1]
 
 
 def test_shapes():

@@ -24,6 +24,7 @@ RUNS = {
     "dkp": {"method": "dkp", "ddp_find_unused_parameters": False},
     "refit": CALIBRATED | {"gradient_accumulation_steps": 2},
     "measured": LEARNED | {"alignment_steps": 2, CHECKPOINTING: True},
+    "fallback": LEARNED | {"fallback": "block", "fallback_threshold": 0.98, "fallback_patience": 1, "max_steps": 5},
     "static-graph": CALIBRATED | {"ddp_find_unused_parameters": False, "ddp_static_graph": True},
 }
 
@@ -38,7 +39,9 @@ def test_2_ranks_of_4_are_1_rank_of_8(options, processes, tmp_path):
     assert_same(first.weights, weights(alone), **tolerance)
     assert_same(second.weights, first.weights)
     assert first.hooks == (0, count_hooks(alone.model))  # activation checkpointing leaves one at the embeddings
-    for name in {name for entry in first.log for name in entry if name.startswith(("alignment", "calibration"))}:
+    for name in {
+        name for entry in first.log for name in entry if name.startswith(("alignment", "calibration", "fallback"))
+    }:
         told = [entry[name] for entry in first.log if name in entry]
         assert told == pytest.approx([value for _, value in logged(alone, name)], abs=1e-6), name
 

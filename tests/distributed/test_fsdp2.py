@@ -44,6 +44,27 @@ def test_2_ranks_of_4_are_1_rank_of_8(fsdp, options, processes, tmp_path):
         assert told == pytest.approx(expected, abs=1e-6), name
 
 
+@pytest.mark.parametrize(
+    ("mode", "threshold", "measured", "given_up"),
+    [
+        pytest.param("block", 0.98, 0, [0, 0, 0, 1, 1, 1], id="one-block"),
+        pytest.param("block", 0.98, 1, [0, 0, 0, 1, 1, 1], id="one-block-by-exact-alignment"),
+        pytest.param("block", 1.0, 0, [0, 2, 2, 2, 2, 2], id="each-block"),
+        pytest.param("bp", 1.0, 1, [0, 2, 2, 2, 2, 2], id="bp"),
+    ],
+)
+def test_ranks_fall_back_together(mode, threshold, measured, given_up, processes, tmp_path):
+    """Some boundaries are cut then and others not, or none: shards are gathered in an ordinary forward again."""
+    options = {"fallback": mode, "fallback_threshold": threshold, "fallback_patience": 2, "alignment_steps": measured}
+    options = LEARNED | {"max_steps": 6} | options
+    alone = train_alone(GPT2, tmp_path / "alone", dtype=torch.float64, per_device_train_batch_size=8, **options)
+    first, second = processes.run(jobs.train, "gpt2", tmp_path / "ranks", fsdp=WRAPPED, **options)
+    assert_same(first.weights, weights(alone), **CLOSE)
+    assert_same(second.weights, first.weights)
+    for log in (alone.state.log_history, first.log, second.log):
+        assert [entry["fallback/blocks"] for entry in log if "loss" in entry] == given_up
+
+
 def test_3_steps_and_3_more_are_6(processes, tmp_path):
     options = CALIBRATED | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     straight, _ = processes.run(jobs.train, "gpt2", tmp_path / "straight", fsdp=WRAPPED, **options)
