@@ -116,7 +116,8 @@ def checkpoint_to_resume(resume: str | Path | bool | None, output_dir: str) -> s
         output_dir: of the run.
 
     Raises:
-        ValueError: if the folder is incomplete, or there is no complete one in ``output_dir``.
+        ValueError: if the folder is incomplete, or there is no complete one in ``output_dir``. The messages begin with
+            the stock Trainer's words, which scripts may look for.
     """
     if not resume:
         return None
@@ -124,8 +125,8 @@ def checkpoint_to_resume(resume: str | Path | bool | None, output_dir: str) -> s
         last = last_checkpoint(output_dir)
         if last is None:
             raise ValueError(
-                f"no complete checkpoint in {output_dir}: expected a folder {PREFIX_CHECKPOINT_DIR}-<step>. Leave out "
-                "resume_from_checkpoint to start afresh, or name a folder."
+                f"No valid checkpoint found in output directory ({output_dir}): expected a complete folder "
+                f"{PREFIX_CHECKPOINT_DIR}-<step>. Leave out resume_from_checkpoint to start afresh, or name a folder."
             )
         logger.info(f"GrAPE: resuming from {last}.")
         return last
@@ -133,7 +134,7 @@ def checkpoint_to_resume(resume: str | Path | bool | None, output_dir: str) -> s
     if missing := faults(folder):
         other = last_checkpoint(folder.parent)
         raise ValueError(
-            f"cannot resume from {folder}, the checkpoint is incomplete: {'; '.join(missing)}. "
+            f"Can't find a valid checkpoint at {folder}, it is incomplete: {'; '.join(missing)}. "
             + (f"The last complete one beside it is {other}." if other else "There is no complete one beside it.")
         )
     return str(resume)

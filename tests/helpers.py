@@ -69,7 +69,7 @@ def make_trainer(
     return made
 
 
-def train(*args: Any, resume: str | None = None, **kwargs: Any) -> Any:
+def train(*args: Any, resume: str | bool | None = None, **kwargs: Any) -> Any:
     """Make a Trainer as ``make_trainer`` does, and run it."""
     trainer = make_trainer(*args, **kwargs)
     trainer.train(resume_from_checkpoint=resume)

@@ -5,6 +5,7 @@ Oracles: the files of an undisturbed save, byte for byte; a run that was never s
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -107,7 +108,7 @@ def test_what_is_not_complete_is_skipped_and_by_name_an_error(file, how, saved, 
         (newest / file).write_bytes((newest / file).read_bytes()[:-2])
     trainer = make_trainer(GPT2, saved, max_steps=12, **LEARNED)
     says = f"{file}.*is missing|{file} has .* bytes of|{file}.*cut off"
-    with pytest.raises(ValueError, match=rf"checkpoint-10, the checkpoint is incomplete: ({says}).*is .*checkpoint-5"):
+    with pytest.raises(ValueError, match=rf"checkpoint-10, it is incomplete: ({says}).*is .*checkpoint-5"):
         trainer.train(resume_from_checkpoint=str(newest))
     assert trainer.state.global_step == 0
     caplog.clear()
@@ -132,10 +133,19 @@ def test_ways_to_say_that_a_run_resumes(saved, tmp_path):
     assert checkpoint_to_resume(None, str(saved)) is None
     assert checkpoint_to_resume(False, str(saved)) is None
     for empty in (tmp_path / "empty", tmp_path / "none"):
-        with pytest.raises(ValueError, match="no complete checkpoint in .*Leave out resume_from_checkpoint"):
+        with pytest.raises(ValueError, match="No valid checkpoint found in .*Leave out resume_from_checkpoint"):
             checkpoint_to_resume(True, str(empty))
     with pytest.raises(ValueError, match=r"checkpoint-7.*no such folder.*last complete one beside it is .*-10"):
         checkpoint_to_resume(str(saved / "checkpoint-7"), str(saved))
+
+
+@pytest.mark.parametrize("resume", [True, "nowhere/checkpoint-7"])
+def test_where_there_is_nothing_to_resume_the_message_begins_as_the_stock_trainers(resume, tmp_path):
+    with pytest.raises(ValueError) as stock:  # noqa: PT011, whatever it says
+        train(GPT2, tmp_path, Trainer, resume=resume)
+    for method in ("bp", "grape"):
+        with pytest.raises(ValueError, match="^" + re.escape(str(stock.value))):
+            train(GPT2, tmp_path, method=method, resume=resume)
 
 
 def test_a_stock_trainers_interrupted_save_is_told_apart_too(tmp_path):
