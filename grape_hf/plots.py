@@ -18,6 +18,8 @@ try:
 except ImportError as error:
     raise ImportError("Plots need matplotlib: pip install 'grape_hf[plot]'.") from error
 
+from grape_hf.log_names import PREFIX, current_names
+
 History = Sequence[Mapping[str, Any]]
 Kind = Literal["estimate", "exact"]
 
@@ -61,8 +63,8 @@ def alignment_table(history: History, kind: Kind = "estimate") -> tuple[list[int
         The n steps, the m names of boundaries from bottom to top of the model, and the cosines, ``(m, n)``, NaN where
         a step lacks one. All empty if nothing was logged.
     """
-    prefix = f"alignment/{kind}/"
-    entries = [entry for entry in history if any(key.startswith(prefix) for key in entry)]
+    prefix = f"{PREFIX}alignment/{kind}/"
+    entries = [entry for entry in current_names(history) if any(key.startswith(prefix) for key in entry)]
     keys = dict.fromkeys(key for entry in entries for key in entry if key.startswith(prefix))  # in order, each once
     keys.pop(prefix.removesuffix("/") + _MEANS, None)
     values = np.array([[entry.get(key, np.nan) for entry in entries] for key in keys], dtype=float)
@@ -73,10 +75,10 @@ def alignment_table(history: History, kind: Kind = "estimate") -> tuple[list[int
 def calibration_steps(history: History) -> list[int]:
     """Find the steps at which a calibration was first seen in the log: it took place there or since the last entry."""
     steps, before = [], 0
-    for entry in history:
-        if entry.get("calibration/steps", before) > before:
+    for entry in current_names(history):
+        if entry.get("grape/calibration/steps", before) > before:
             steps.append(int(entry["step"]))
-            before = entry["calibration/steps"]
+            before = entry["grape/calibration/steps"]
     return steps
 
 
@@ -128,7 +130,7 @@ def draw_alignment(axes: Axes, history: History, kind: Kind = "estimate") -> Non
     steps, names, values = alignment_table(history, kind)
     if not names:
         raise ValueError(
-            f"No log entry has alignment/{kind}/... to draw: the run made no feedback, or never logged it."
+            f"No log entry has {PREFIX}alignment/{kind}/... to draw: the run made no feedback, or never logged it."
         )
     lowest = min(0.0, float(np.nanmin(values))) if np.isfinite(values).any() else 0.0
     axes.set_facecolor("white")  # undefined cosines: no colour of the map is white

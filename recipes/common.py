@@ -56,9 +56,13 @@ def write_history(output: Path, history: list[dict[str, Any]], method: str, curv
         values: what is drawn of those that were logged.
     """
     aligned = [
-        {key: value for key, value in entry.items() if key == "step" or key.startswith(("alignment/", "calibration/"))}
+        {
+            key: value
+            for key, value in entry.items()
+            if key == "step" or key.startswith(("grape/alignment/", "grape/calibration/"))
+        }
         for entry in history
-        if any(key.startswith("alignment/") for key in entry)
+        if any(key.startswith("grape/alignment/") for key in entry)
     ]
     (output / "alignment.json").write_text(json.dumps(aligned, indent=1), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
@@ -68,6 +72,6 @@ def write_history(output: Path, history: list[dict[str, Any]], method: str, curv
 
     logged = [value for value in values if any(value in entry for entry in history)]
     pictures = [plot_curves({method: history}, output / curves, logged)] if logged else []
-    if any(key.startswith("alignment/estimate/") for entry in aligned for key in entry):
+    if any(key.startswith("grape/alignment/estimate/") for entry in aligned for key in entry):
         pictures.append(plot_alignment(history, output / "alignment.png"))
     print("Wrote", ", ".join(map(str, [output / "alignment.json", *pictures])))

@@ -20,11 +20,23 @@ from grape_hf.plots import (
 )
 
 HISTORY = [
-    {"step": 10, "loss": 5.0, "alignment/estimate/mean": 0.3, "alignment/estimate/h_1": 0.2},
+    {"step": 10, "loss": 5.0, "grape/alignment/estimate/mean": 0.3, "grape/alignment/estimate/h_1": 0.2},
     {"step": 10, "eval_loss": 4.9, "eval_perplexity": 134.0},
-    {"step": 20, "loss": 4.0, "calibration/steps": 1, "alignment/estimate/h_1": 0.4, "alignment/estimate/h_2": 0.6},
-    {"step": 30, "loss": 3.0, "calibration/steps": 1, "alignment/exact/h_1": 0.9},
-    {"step": 40, "loss": 2.5, "calibration/steps": 3, "alignment/estimate/h_1": -0.5, "alignment/estimate/h_2": 0.7},
+    {
+        "step": 20,
+        "loss": 4.0,
+        "grape/calibration/steps": 1,
+        "grape/alignment/estimate/h_1": 0.4,
+        "grape/alignment/estimate/h_2": 0.6,
+    },
+    {"step": 30, "loss": 3.0, "grape/calibration/steps": 1, "grape/alignment/exact/h_1": 0.9},
+    {
+        "step": 40,
+        "loss": 2.5,
+        "grape/calibration/steps": 3,
+        "grape/alignment/estimate/h_1": -0.5,
+        "grape/alignment/estimate/h_2": 0.7,
+    },
     {"step": 40, "eval_loss": 2.9, "eval_perplexity": 18.0},
 ]
 PLAIN = [{"step": 10, "loss": 4.0}, {"step": 40, "loss": 3.0}]
@@ -80,7 +92,7 @@ def test_heat_map_has_a_cell_for_each_boundary_and_step():
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_the_axes_fill_the_figure(calibrated: bool):
-    history = [{**entry, "calibration/steps": 0} for entry in HISTORY] if not calibrated else HISTORY
+    history = [{**entry, "grape/calibration/steps": 0} for entry in HISTORY] if not calibrated else HISTORY
     picture = figure.Figure(layout="constrained")
     left, right = picture.subplots(1, 2)
     draw_curves(left, {"GrAPE": history})
@@ -114,7 +126,7 @@ def test_nothing_to_draw():
     axes = figure.Figure().subplots()
     with pytest.raises(ValueError, match="'accuracy' to draw; logged were: .*eval_loss.* loss"):
         draw_curves(axes, {"a": HISTORY}, "accuracy")
-    with pytest.raises(ValueError, match="alignment/estimate"):
+    with pytest.raises(ValueError, match="grape/alignment/estimate"):
         draw_alignment(axes, PLAIN)
 
 
