@@ -18,7 +18,7 @@ def log_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def current_names(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a log with the names of today, whenever it was written; entries that have them are returned as they are."""
+    """Return a log with the names of today, whenever it was written."""
     return [
         {PREFIX + name if name.startswith(_GROUPS) else name: value for name, value in entry.items()}
         for entry in history

@@ -46,7 +46,7 @@ class ProgressFigures(TrainerCallback):
     def _add_to_row(self, state: TrainerState) -> None:
         shown = {name[0].upper() + name[1:]: text for name, text in figures(last_logs(state)).items()}
         for callback in self._callbacks:
-            tracker = getattr(callback, "training_tracker", None)  # not by class: that would import IPython
+            tracker: Any = getattr(callback, "training_tracker", None)  # not by class: that would import IPython
             rows = getattr(tracker, "inner_table", None) or []
             if len(rows) < 2 or not shown:
                 continue
