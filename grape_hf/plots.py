@@ -35,6 +35,8 @@ _LABELS = {
     "exact": "cos(B e, exact delta)",
 }
 _MEANS = "/mean"
+# What gets a panel. Perplexity is the loss again, on another scale.
+_CURVES = ("loss", "eval_loss", "eval_perplexity", "eval_accuracy")
 
 
 def read_history(run: str | Path) -> list[dict[str, Any]]:
@@ -70,6 +72,12 @@ def alignment_table(history: History, kind: Kind = "estimate") -> tuple[list[int
     values = np.array([[entry.get(key, np.nan) for entry in entries] for key in keys], dtype=float)
     names = [key.removeprefix(prefix) for key in keys]
     return [int(entry["step"]) for entry in entries], names, values.reshape(len(keys), len(entries))
+
+
+def values_to_draw(runs: Mapping[str, History]) -> list[str]:
+    """Return what is worth a curve: those of the usual values that some run logged more than once."""
+    found = [v for v in _CURVES if any(sum(v in entry for entry in history) > 1 for history in runs.values())]
+    return [v for v in found if not (v == "eval_loss" and "eval_perplexity" in found)]
 
 
 def calibration_steps(history: History) -> list[int]:
@@ -160,8 +168,18 @@ def plot_alignment(history: History, path: str | Path, kind: Kind = "estimate") 
     return _save(figure, path)
 
 
+def plot_alignments(runs: Mapping[str, History], path: str | Path) -> Path | None:
+    """Write a heat map for each run and kind of alignment to an image file; None if no run logged any."""
+    maps = _maps(runs)
+    if not maps:
+        return None
+    figure, panels = _figure(len(maps))
+    _draw_maps(panels, maps)
+    return _save(figure, path)
+
+
 def plot_runs(runs: Mapping[str, History], path: str | Path) -> Path:
-    """Write one picture of everything that was logged: loss, validation perplexity, alignment of each run that has one.
+    """Write one picture of everything that was logged: curves of all runs, alignment of each run that has one.
 
     Args:
         runs: log history of each run, by its name.
@@ -171,20 +189,28 @@ def plot_runs(runs: Mapping[str, History], path: str | Path) -> Path:
         The path.
 
     Raises:
-        ValueError: if there is no training loss.
+        ValueError: if there is nothing to draw.
     """
-    # A single evaluation, at the end, is a figure for a table and no curve.
-    curve = any(sum("eval_perplexity" in entry for entry in history) > 1 for history in runs.values())
-    values = ["loss", "eval_perplexity"] if curve else ["loss"]
-    kinds: tuple[Kind, ...] = ("estimate", "exact")
-    aligned = [(name, history, kind) for name, history in runs.items() for kind in kinds if _aligned(history, kind)]
-    figure, panels = _figure(len(values) + len(aligned))
-    for axes, value in zip(panels, values, strict=False):
+    values, maps = values_to_draw(runs), _maps(runs)
+    figure, panels = _figure(max(1, len(values) + len(maps)))
+    for axes, value in zip(panels, values or ["loss"], strict=False):
         draw_curves(axes, runs, value)
-    for axes, (name, history, kind) in zip(panels[len(values) :], aligned, strict=True):
+    _draw_maps(panels[len(values) :], maps)
+    return _save(figure, path)
+
+
+Map = tuple[str, History, Kind]
+
+
+def _maps(runs: Mapping[str, History]) -> list[Map]:
+    kinds: tuple[Kind, ...] = ("estimate", "exact")
+    return [(name, history, kind) for name, history in runs.items() for kind in kinds if _aligned(history, kind)]
+
+
+def _draw_maps(panels: Sequence[Axes], maps: Sequence[Map]) -> None:
+    for axes, (name, history, kind) in zip(panels, maps, strict=True):
         draw_alignment(axes, history, kind)
         axes.set_title(name)
-    return _save(figure, path)
 
 
 def _aligned(history: History, kind: Kind) -> bool:

@@ -116,7 +116,7 @@ class TestARun:
         assert all(-1 <= entry["grape/alignment/estimate/h_2"] <= 1 for entry in history)
         assert any("grape/alignment/exact/mean" in entry for entry in history)
         assert history[-1]["grape/calibration/steps"] == 3
-        for picture in ("alignment.png", "loss.png"):
+        for picture in ("alignment.png", "curves.png"):
             assert (finished[0] / picture).read_bytes().startswith(b"\x89PNG")
 
     def test_a_sample_is_printed_and_saved(self, finished: tuple[Path, str]):
