@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 DESCRIPTION = """\
 Train Hugging Face models with GrAPE: direct feedback to every block, in place of backpropagation through all of them.
@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(with_options="inspect" in words[:2])
     options, rest = parser.parse_known_args(words)
     if rest and options.command != "train":
-        parser.error(f"there is no option {rest[0]} of {options.command}: grape-hf {options.command} --help lists them")
+        parser.error(f"{options.command} knows no {rest[0]}; see grape-hf {options.command} --help")
     # A RuntimeError of a training is no user's mistake: it keeps its traceback.
-    expected: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, FloatingPointError)
     if options.command in ("inspect", "compare"):
         expected += (RuntimeError,)
     try:
@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.traceback:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        print(f"grape-hf {options.command}: {text}", file=sys.stderr)
+        hint = " (grape-hf --traceback ... shows where.)" if options.command == "train" else ""
+        print(f"grape-hf {options.command}: {text}{hint}", file=sys.stderr)
         return 2
     return 0
 
@@ -97,13 +98,19 @@ def make_parser(with_options: bool = True) -> argparse.ArgumentParser:
     Args:
         with_options: whether ``inspect`` takes GrAPE's options, which takes seconds to import.
     """
-    parser = argparse.ArgumentParser("grape-hf", description=DESCRIPTION, formatter_class=_Formatter)
+    parser = _Parser("grape-hf", description=DESCRIPTION, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument("--traceback", action="store_true", help="on an error, show where it came up")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, act: Any, text: str, **more: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(
-            name, help=text, description=text, epilog=EXAMPLES[name], formatter_class=_Formatter, **more
+            name,
+            help=text,
+            description=text,
+            epilog=EXAMPLES[name],
+            formatter_class=_Formatter,
+            allow_abbrev=False,  # what train does not know goes to the recipe as it is
+            **more,
         )
         command.set_defaults(act=act)
         return command
@@ -226,6 +233,12 @@ def _positive(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
     return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, without the usage, which for ``inspect`` fills a screen."""
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -4,15 +4,19 @@ The model is made on the meta device, where tensors have shapes and no numbers, 
 a model cannot run there (it looks at values), on the CPU with random weights and on few samples. Then one step of
 backpropagation, one star and one estimate are run by the same code as in training, and counted: floating-point
 operations of matrix products and convolutions, and the bytes that autograd keeps for the backward. Both are estimates
-of what a step takes: element-wise work, the optimiser and temporary tensors are not in them.
+of what a step takes: element-wise work, the optimiser and temporary tensors are not in them; attention is taken to be
+fused, which keeps no attention matrices.
 """
 
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from grape_hf.blocks import ends
@@ -128,11 +132,17 @@ def _inspect(
 ) -> Inspection | None:
     """Inspect on one device; None if what was found on ``meta`` has to be seen with numbers."""
     model.train()
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):  # looks at values, only to warn
+            vars(module)["warn_if_padding_and_no_attention_mask"] = _silent
     samples = len(next(iter(batch.values())))
     scale = batch_size / samples
 
     def loss(inputs: Batch = batch) -> Tensor:
-        output = model(**inputs)
+        with torch.device(
+            device
+        ):  # where a forward makes tensors, it follows the device of its inputs or the usual one
+            output = model(**inputs)
         return output.logits.square().mean() if getattr(output, "loss", None) is None else output.loss
 
     run = GrapeRun(model, options)
@@ -150,7 +160,7 @@ def _inspect(
         return tensor
 
     def chain() -> None:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, _same), _FusedAttention(keep):
             value = loss()
         value.backward()
 
@@ -226,6 +236,35 @@ def _reason(options: GrapeArgumentsMixin, run: GrapeRun, planned: str) -> str:
     if run.jvp_mode == "finite_difference":
         return "the blocks hold convolutions, on which it is cheaper"
     return "the blocks hold no convolution, and all their operators have forward-mode rules"
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Have ``keep`` see what a fused attention keeps: its inputs and its output.
+
+    Without numbers, and on the CPU with dropout, torch computes it step by step and keeps every attention matrix.
+    """
+
+    def __init__(self, keep: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            output = func(*args, **kwargs)
+        for tensor in (*args[:3], *(kwargs[name] for name in ("query", "key", "value") if name in kwargs), output):
+            self.keep(tensor)
+        return output
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _silent(*_: object) -> None:
+    """Do nothing."""
 
 
 def _shape(output: object) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ _LABELS = {
     "exact": "cos(B e, exact delta)",
 }
 _MEANS = "/mean"
+_SEED = ", seed "
 # What gets a panel. Perplexity is the loss again, on another scale.
 _CURVES = ("loss", "eval_loss", "eval_perplexity", "eval_accuracy")
 
@@ -95,7 +96,8 @@ def draw_curves(axes: Axes, runs: Mapping[str, History], value: str = "loss") ->
 
     Args:
         axes: where to draw.
-        runs: log history of each run, by the name for the legend.
+        runs: log history of each run, by the name for the legend. Names that differ in what follows ", seed " are
+            of one method: one colour, one entry in the legend.
         value: key of the log entries, e.g. ``loss`` or ``eval_perplexity``; perplexities get a logarithmic axis.
 
     Raises:
@@ -104,16 +106,21 @@ def draw_curves(axes: Axes, runs: Mapping[str, History], value: str = "loss") ->
     if not any(value in entry for history in runs.values() for entry in history):
         keys = sorted({key for history in runs.values() for entry in history for key in entry} - {"step", "epoch"})
         raise ValueError(f"No log entry has {value!r} to draw; logged were: {', '.join(keys) or 'nothing'}.")
-    for i, (name, history) in enumerate(runs.items()):
+    methods = [name.partition(_SEED)[0] for name in runs]
+    order = list(dict.fromkeys(methods))
+    for i, (method, history) in enumerate(zip(methods, runs.values(), strict=True)):
         points = [(entry["step"], entry[value]) for entry in history if value in entry]
         if not points:
             continue
         steps, heights = np.array(points, dtype=float).T
-        colour, style = _COLOURS[i % len(_COLOURS)], _STYLES[i % len(_STYLES)]
+        place = order.index(method)
+        colour, style = _COLOURS[place % len(_COLOURS)], _STYLES[place % len(_STYLES)]
         marker = "o" if len(points) < 3 else None
-        axes.plot(steps, heights, label=name, linewidth=1.8, color=colour, linestyle=style, marker=marker)
+        label = None if method in methods[:i] else list(runs)[i] if methods.count(method) == 1 else method
+        width = 1.4 + 0.9 * min(3, len(order) - 1 - place)  # what lies below shows at the sides of what covers it
+        axes.plot(steps, heights, label=label, linewidth=width, color=colour, linestyle=style, marker=marker)
         if calibrated := calibration_steps(history):
-            _mark_calibrations(axes, calibrated, colour, f"{name}: calibration")
+            _mark_calibrations(axes, calibrated, colour, None if label is None else f"{label}: calibration")
     _label_steps(axes)
     axes.set_ylabel(_LABELS.get(value, value))
     if "perplexity" in value:
@@ -148,7 +155,9 @@ def draw_alignment(axes: Axes, history: History, kind: Kind = "estimate") -> Non
     axes.set_yticks(list(shown), [names[i] for i in shown])
     _label_steps(axes)
     axes.set_ylabel("boundary (top: nearest the loss)")
-    _mark_calibrations(axes, calibration_steps(history), _COLOURS[1])
+    if calibrated := calibration_steps(history):
+        _mark_calibrations(axes, calibrated, _COLOURS[1])
+        axes.set_xlabel(f"{axes.get_xlabel()} (▲ calibration)")
     assert axes.figure is not None
     axes.figure.colorbar(picture, ax=axes, label=_LABELS[kind])
 
@@ -219,7 +228,7 @@ def _aligned(history: History, kind: Kind) -> bool:
 
 def _label_steps(axes: Axes) -> None:
     axes.set_xlabel("optimiser step")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
 
 
 def _mark_calibrations(axes: Axes, steps: Sequence[int], colour: str, label: str | None = None) -> None:
@@ -237,7 +246,7 @@ def _edges(steps: Iterable[int]) -> np.ndarray:
     if len(centres) == 1:
         return np.array([centres[0] - 0.5, centres[0] + 0.5])
     middle = (centres[:-1] + centres[1:]) / 2
-    return np.concatenate([[2 * centres[0] - middle[0]], middle, [2 * centres[-1] - middle[-1]]])
+    return np.concatenate([[max(0.0, 2 * centres[0] - middle[0])], middle, [2 * centres[-1] - middle[-1]]])
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:

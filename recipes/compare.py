@@ -33,9 +33,15 @@ RECIPES = Path(__file__).resolve().parent
 PACKAGE = str(Path(grape_hf.__file__).parents[1])
 METHODS = ("bp", "dfa", "grape")
 _TAIL = 20  # lines of a failed run's output that are kept
+# The last of these stand in the table: what was logged, and what the column is called.
+_LOGGED = {
+    "grape/alignment/estimate/mean": "alignment, estimate",
+    "grape/alignment/exact/mean": "alignment, exact",
+    "grape/calibration/share": "share of BP steps",
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One run of the comparison.
 
@@ -166,7 +172,10 @@ def train(script: Path, run: Run, cells: Cells, lock: int) -> None:
         cells.fail(run.folder.name, "\n".join(text.splitlines()[-_TAIL:]) or f"exit status {code}")
         return
     results = json.loads((run.folder / "all_results.json").read_text(encoding="utf-8"))
-    cells.finish(run.folder.name, {"options": run.options, "results": results})
+    state = json.loads((run.folder / "trainer_state.json").read_text(encoding="utf-8"))
+    logged = {name: value for entry in state["log_history"] for name, value in entry.items() if name in _LOGGED}
+    result = {"options": run.options, "results": results, "logged": logged, "steps": state["global_step"]}
+    cells.finish(run.folder.name, result)
 
 
 def write_report(config: Path, runs: Sequence[Run], results: Mapping[Path, dict[str, Any]], output: Path) -> Path:
@@ -178,8 +187,9 @@ def write_report(config: Path, runs: Sequence[Run], results: Mapping[Path, dict[
         f"# {', '.join(methods)} on the {first.get('dataset', 'same data')}",
         "",
         f"Settings of `{config.name}`, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}: every method "
-        f"starts from the same weights and sees the same batches for {first['epoch']:g} epochs. The learning rate is "
-        "as listed; it was not tuned here. Mean over the seeds and, of several, the range.",
+        f"starts from the same weights and sees the same batches, for {results[runs[0].folder]['steps']:,} steps. The "
+        "learning rate is as listed; it was not tuned here. Mean over the seeds and, of several, the range. Alignment: "
+        "the last mean cosine of B_l with the estimated Jacobian, or of B_l e with the exact delta.",
         "",
         make_table(runs, results),
     ]
@@ -188,10 +198,12 @@ def write_report(config: Path, runs: Sequence[Run], results: Mapping[Path, dict[
     except ImportError as error:
         lines += ["", f"No plots: {error}"]
     else:
-        histories = {run.folder.name: read_history(run.folder) for run in runs}
-        plot_curves(histories, output / "curves.png", values_to_draw(histories))
-        lines += ["", "![Loss and figures over optimiser steps](curves.png)"]
-        of_first = {run.folder.name: histories[run.folder.name] for run in runs if run.seed == runs[0].seed}
+        names = {run: run.method if len(seeds) == 1 else f"{run.method}, seed {run.seed}" for run in runs}
+        histories = {names[run]: read_history(run.folder) for run in runs}
+        if values := values_to_draw(histories):
+            plot_curves(histories, output / "curves.png", values)
+            lines += ["", "![Loss and figures over optimiser steps](curves.png)"]
+        of_first = {names[run]: histories[names[run]] for run in runs if run.seed == runs[0].seed}
         if plot_alignments(of_first, output / "alignment.png"):
             lines += ["", "![Alignment of the feedback over optimiser steps](alignment.png)"]
     by_bp = {run.seed: run.folder for run in runs if run.method == "bp"}
@@ -200,26 +212,29 @@ def write_report(config: Path, runs: Sequence[Run], results: Mapping[Path, dict[
             write_card(run.folder, bp_results=by_bp[run.seed])  # again, now that there is something to compare with
     report = output / "report.md"
     report.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines[:5]))
+    print("\n".join(["", *lines[:5], ""]))
     print(f"Report: {report}")
     return report
 
 
 def make_table(runs: Sequence[Run], results: Mapping[Path, dict[str, Any]]) -> str:
-    """Write a row for each method: its figures, the share of backpropagation steps and the time of a step."""
-    names = list(figures(results[runs[0].folder]["results"]))
-    names = [name for name in names if name.startswith(("eval_", "test_")) and not name.endswith("_samples")]
-    lines = [
-        f"| method | learning rate | {' | '.join(map(_spoken, names))} | seconds a step |",
-        f"| --- | --- | {' | '.join('---' for _ in names)} | --- |",
+    """Write a row for each method: its figures, what it logged of its feedback at last, and the time of a step."""
+    found = {method: [results[r.folder] for r in runs if r.method == method] for method in (r.method for r in runs)}
+    everything = [result for of_method in found.values() for result in of_method]
+    counts = ("_samples", "_tokens", "_words")
+    names = [
+        n for n in figures(everything[0]["results"]) if n.startswith(("eval_", "test_")) and not n.endswith(counts)
     ]
-    for method in dict.fromkeys(run.method for run in runs):
-        of_method = [results[run.folder] for run in runs if run.method == method]
-        shown = [_mean([found["results"][name] for found in of_method]) for name in names]
-        seconds = _mean([1 / found["results"]["train_steps_per_second"] for found in of_method])
+    logged = [name for name in _LOGGED if any(name in result["logged"] for result in everything)]
+    columns = ["method", "learning rate", *map(_spoken, names), *(_LOGGED[name] for name in logged), "seconds a step"]
+    rows = []
+    for method, of_method in found.items():
         rate = float(of_method[0]["options"].get("learning_rate", 5e-5))
-        lines.append(f"| {method} | {rate:g} | {' | '.join(shown)} | {seconds} |")
-    return "\n".join(lines)
+        shown = [_mean([result["results"][name] for result in of_method]) for name in names]
+        shown += [_mean([r["logged"][name] for r in of_method if name in r["logged"]]) for name in logged]
+        seconds = _mean([1 / result["results"]["train_steps_per_second"] for result in of_method])
+        rows.append([method, f"{rate:g}", *shown, seconds])
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows])
 
 
 def _spoken(name: str) -> str:
@@ -228,8 +243,10 @@ def _spoken(name: str) -> str:
 
 
 def _mean(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.4g}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.4g} to {max(values):.4g})"
+    if not values:
+        return "-"
+    mean, low, high = (f"{value:.4g}" for value in (statistics.fmean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 if __name__ == "__main__":

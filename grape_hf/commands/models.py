@@ -18,9 +18,8 @@ from transformers import AutoConfig
 
 # Tried in order where the configuration does not say which class it was saved from.
 _AUTO_CLASSES = (
+    "AutoModelForMaskedLM",  # an encoder can be made a decoder, hardly a decoder an encoder
     "AutoModelForCausalLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForSeq2SeqLM",
     "AutoModelForImageClassification",
     "AutoModelForSequenceClassification",
 )
@@ -114,7 +113,8 @@ def _model_class(config: Any) -> tuple[Any, Callable[[], nn.Module]]:
     headless = named is not None and re.search(r"(?<!LMHead)Model$", named.__name__)
     if named is not None and not headless:
         return named, lambda: named(config)
-    for auto_name in _AUTO_CLASSES:
+    stacked = ["AutoModelForSeq2SeqLM"] if getattr(config, "is_encoder_decoder", False) else []
+    for auto_name in [*stacked, *_AUTO_CLASSES]:
         auto = getattr(transformers, auto_name)
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)], lambda: auto.from_config(config)  # noqa: B023  returned at once
