@@ -14,6 +14,7 @@ import numpy as np
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 except ImportError as error:
     raise ImportError("Plots need matplotlib: pip install 'grape_hf[plot]'.") from error
@@ -252,7 +253,7 @@ def _edges(steps: Iterable[int]) -> np.ndarray:
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     columns = panels if panels <= 3 else 2
     rows = -(-panels // columns)
-    figure = Figure(figsize=(6.4 * columns, 4.2 * rows), layout="constrained")
+    figure = Figure(figsize=(6.4 * columns, 4.2 * rows), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for spare in grid[panels:]:
         spare.remove()

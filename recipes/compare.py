@@ -1,7 +1,7 @@
 """Train one recipe's settings with several methods, from the same weights, on the same batches, and compare.
 
-    python recipes/compare.py recipes/demo.yaml                       # or: grape-hf compare demo.yaml
-    python recipes/compare.py my.yaml --methods bp grape --seeds 0 1 2 --learning_rates grape=5e-3
+    grape-hf compare demo.yaml
+    grape-hf compare my.yaml --methods bp grape --seeds 0 1 2 --learning_rates grape=5e-3
 
 Every method trains for what the file says (``max_steps`` or ``num_train_epochs``), once for each seed, in a process of
 its own. The output folder gets a folder for each run, ``report.md`` with the table, ``curves.png`` and
@@ -10,7 +10,6 @@ file's for every method unless given; GrAPE often wants a higher one, so tune ea
 does that for images).
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -56,26 +55,6 @@ class Run:
     seed: int
     folder: Path
     options: dict[str, Any]
-
-
-def main() -> None:
-    """Run what is missing, and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="the recipe's file of options")
-    parser.add_argument("--recipe", default="wikitext103.py", help="the recipe's script; default: wikitext103.py")
-    add_arguments(parser)
-    options = parser.parse_args()
-    output = options.output or Path("outputs") / "compare" / options.config.stem
-    rates = parse_rates(options.learning_rates)
-    compare(options.config, RECIPES / options.recipe, output, options.methods, options.seeds, rates)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a comparison, which ``grape-hf compare`` has as well."""
-    parser.add_argument("--methods", nargs="+", default=METHODS, help=f"default: {' '.join(METHODS)}")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: the file's, or 42, the Trainer's")
-    parser.add_argument("--learning_rates", nargs="+", metavar="METHOD=RATE", default=[], help="where not the file's")
-    parser.add_argument("--output", type=Path, help="folder to write to; default: outputs/compare/ and the file's name")
 
 
 def parse_rates(pairs: Sequence[str]) -> dict[str, float]:
@@ -247,7 +226,3 @@ def _mean(values: Sequence[float]) -> str:
         return "-"
     mean, low, high = (f"{value:.4g}" for value in (statistics.fmean(values), min(values), max(values)))
     return mean if low == high else f"{mean} ({low} to {high})"
-
-
-if __name__ == "__main__":
-    main()

@@ -17,6 +17,7 @@ from grape_hf.plots import (
     plot_curves,
     plot_runs,
     read_history,
+    values_to_draw,
 )
 
 HISTORY = [
@@ -69,6 +70,23 @@ def test_curves_show_every_run_and_its_calibrations():
     assert [x for x, _ in lines["GrAPE: calibration"]] == [20, 40]
     styles = {(line.get_color(), line.get_linestyle()) for line in axes.lines if "calibration" not in line.get_label()}
     assert len({c for c, _ in styles}) == len({s for _, s in styles}) == 2  # told apart by either
+
+
+def test_seeds_of_a_method_look_alike_and_methods_do_not():
+    axes = figure.Figure().subplots()
+    draw_curves(axes, {"bp, seed 0": PLAIN, "bp, seed 1": PLAIN, "grape, seed 0": HISTORY, "grape, seed 1": PLAIN})
+    curves = [line for line in axes.lines if line.get_marker() == "None"]
+    looks = [(line.get_color(), line.get_linestyle(), line.get_linewidth()) for line in curves]
+    assert looks[0] == looks[1] != looks[2] == looks[3]
+    assert looks[0][2] > looks[2][2]  # a curve below another shows at its sides
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["bp", "grape", "grape: calibration"]
+
+
+def test_what_is_drawn_was_logged_more_than_once():
+    assert values_to_draw({"a": HISTORY, "b": PLAIN}) == ["loss", "eval_perplexity"]  # which is the loss again
+    losses = [{key: value for key, value in entry.items() if key != "eval_perplexity"} for entry in HISTORY]
+    assert values_to_draw({"a": losses}) == ["loss", "eval_loss"]
+    assert values_to_draw({"a": HISTORY[:2], "b": PLAIN[:1]}) == []
 
 
 def test_perplexity_is_on_a_logarithmic_axis():
