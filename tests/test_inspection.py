@@ -58,7 +58,7 @@ def test_without_numbers_it_counts_what_it_counts_with_them():
     meta, cpu = results
     assert (meta.flops, meta.boundaries) == (cpu.flops, cpu.boundaries)
     assert meta.memory == cpu.memory | {"activations": meta.memory["activations"]}
-    assert meta.memory["activations"] == pytest.approx(cpu.memory["activations"], rel=0.03)  # dropout keeps its mask
+    assert meta.memory["activations"] == pytest.approx(cpu.memory["activations"], rel=0.05)  # masks of dropout
 
 
 def test_memory_is_near_what_the_trainers_tensors_take_at_most(tmp_path):
