@@ -150,13 +150,13 @@ def _inspect(
         raise ValueError(f"{type(model).__name__} has a single block and so no feedback point: GrAPE is BP here.")
     shapes: list[tuple[int, ...]] = []
     handles = [ends(block)[1].register_forward_hook(lambda *a: shapes.append(_shape(a[-1]))) for block in run.blocks]
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other comes to lie at its address
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
+            kept[storage._cdata] = storage
         return tensor
 
     def chain() -> None:
@@ -219,7 +219,7 @@ def _inspect(
             "weights": of_weights,
             "gradients": of_trained,
             "optimiser": 2 * of_trained,
-            "activations": int(sum(kept.values()) * scale),
+            "activations": int(sum(storage.nbytes() for storage in kept.values()) * scale),
             "feedback": feedback,
             "estimate": feedback if options.method in ESTIMATING else 0,
             "delta": int(largest * scale),

@@ -255,6 +255,7 @@ WRONG = {
     "train {tmp}/vague.yaml": "Name one: --recipe text or images",
     "train {tmp}/list.yaml": "expected `option: value` pairs, got list",
     "train demo.yaml --learning_ratte 1": "there is no option --learning_ratte; is --learning_rate meant?",
+    "train demo.yaml --recip text": "there is no option --recip",
     "compare demo.yaml --learning_rates grape": "expected METHOD=RATE",
     "compare demo.yaml --learning_rates fa=1": "a learning rate for fa, which does not run",
     "plot {tmp}": "expected the trainer_state.json",

@@ -93,9 +93,9 @@ class Reads(PlainLanguageModel):
 
 
 def test_a_model_that_looks_at_values_is_run_on_the_cpu(monkeypatch):
-    found = look(Reads)
+    found = look(Reads, jvp_fraction=1.0)
     assert found.counted_on == "cpu"
-    meta = look(Silent)
+    meta = look(Silent, jvp_fraction=1.0)
     assert meta.counted_on == "meta"
     assert found.flops == meta.flops  # scaled up from 2 samples of 4
     assert found.boundaries == meta.boundaries
