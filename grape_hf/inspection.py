@@ -239,7 +239,7 @@ def _reason(options: GrapeArgumentsMixin, run: GrapeRun, planned: str) -> str:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Have ``keep`` see what a fused attention keeps: its inputs and its output.
+    """Have ``keep`` see what a fused attention keeps: its inputs. Its output is seen where the next layer keeps it.
 
     Without numbers, and on the CPU with dropout, torch computes it step by step and keeps every attention matrix.
     """
@@ -254,7 +254,7 @@ class _FusedAttention(TorchFunctionMode):
             return func(*args, **kwargs)
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
             output = func(*args, **kwargs)
-        for tensor in (*args[:3], *(kwargs[name] for name in ("query", "key", "value") if name in kwargs), output):
+        for tensor in (*args[:3], *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)):
             self.keep(tensor)
         return output
 

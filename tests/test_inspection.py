@@ -69,7 +69,7 @@ def test_memory_is_near_what_the_trainers_tensors_take_at_most(tmp_path):
     assert [found.memory[k] for k in ("weights", "gradients", "optimiser")] == [weights, weights, 2 * weights]
     bp = sum(found.memory.values()) - 2 * matrices - delta
     # Gradients and activations are never all there at once, and temporary tensors are not counted.
-    assert bp == pytest.approx(peak_bytes(tmp_path, method="bp"), rel=0.05)
+    assert bp == pytest.approx(peak_bytes(tmp_path, method="bp"), rel=0.1)
 
 
 def test_boundaries_have_names_shapes_and_matrices():
