@@ -305,7 +305,7 @@ def _bp_share(record: RunRecord) -> str:
         return "No step was ordinary backpropagation through the whole network."
     if record.single_block:
         return "The model has a single block and so no feedback point: every step was ordinary backpropagation."
-    logged = last_logged(record, "calibration/")
+    logged = last_logged(record, "grape/calibration/")
     if logged is None or "steps" not in logged[1]:
         return "How many steps were ordinary backpropagation has not been logged."
     steps, count = logged[0], int(logged[1]["steps"])
@@ -316,7 +316,7 @@ def _bp_share(record: RunRecord) -> str:
 
 
 def _alignment(record: RunRecord) -> dict[str, Any] | None:
-    found = {label: last_logged(record, f"alignment/{kind}/h_") for kind, label in _KINDS.items()}
+    found = {label: last_logged(record, f"grape/alignment/{kind}/h_") for kind, label in _KINDS.items()}
     known = {label: values for label, values in found.items() if values is not None}
     if not known:
         return None

@@ -71,7 +71,7 @@ class FiniteGuard:
             self._warned = True
             logger.warning(
                 f"GrAPE: NaN or Inf in the error or in the estimated Jacobian: {total} refinement(s) of the feedback "
-                "skipped so far (feedback/skipped in the logs). B_l stays as it was."
+                "skipped so far (grape/feedback/skipped in the logs). B_l stays as it was."
             )
         if self.limit and most >= self.limit:
             raise FloatingPointError(

@@ -74,6 +74,8 @@ class Noise:
         return {name: self._draw(p.shape, p, index, 2**31 + i) for i, (name, p) in enumerate(named)}
 
     def _draw(self, shape: torch.Size, like: Tensor, index: int, place: int) -> Tensor:
+        if like.is_meta:  # shapes alone (inspection.py): there is no generator
+            return torch.empty(shape, device=like.device, dtype=like.dtype)
         key = np.random.SeedSequence((self.seed, self.step, place, index)).generate_state(1, np.uint64)[0]
         generator = torch.Generator(like.device).manual_seed(int(key >> 1))
         return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
@@ -373,6 +375,7 @@ def _dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Calla
 
 def _difference_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callable[[Inject], Tensor]:
     device_type = next(boundaries.blocks[0].parameters()).device.type
+    device_type = "cpu" if device_type == "meta" else device_type  # which has no autocast
 
     def output(inject: Inject | None) -> Tensor:
         def perturb(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:

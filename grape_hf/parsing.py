@@ -40,6 +40,24 @@ def parse_recipe(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, 
     return tuple(parsed)
 
 
+def parse_overrides(option: str, overrides: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Read ``name=value,name=value``, values as in YAML; a mapping from a YAML file is taken as it is.
+
+    Args:
+        option: its name, for the message.
+        overrides: its value.
+
+    Raises:
+        ValueError: for words without a value.
+    """
+    if not isinstance(overrides, str):
+        return dict(overrides or {})
+    pairs = [pair.partition("=") for pair in overrides.split(",")]
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError(f"{option}={overrides!r}: expected name=value,name=value.")
+    return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+
+
 def _read(path: Path, known: set[str]) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"{path}: expected options or a .yaml, .yml or .json file of options first.")

@@ -10,10 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grape_hf.plots import History, alignment_table, plot_alignment, plot_curves
+from grape_hf.plots import History, Kind, alignment_table, plot_alignment, plot_curves, values_to_draw
 
-# What gets a panel, if it was logged more than once: a single figure is no curve.
-_CURVES = ("loss", "eval_loss", "eval_perplexity", "eval_accuracy")
 _SHARE = 0.01
 
 
@@ -29,10 +27,11 @@ def plot_training(history: History, folder: str | Path, name: str = "this run") 
         The files written; none before there is something to draw.
     """
     folder = Path(folder)
-    values = [value for value in _CURVES if sum(value in entry for entry in history) > 1]
+    values = values_to_draw({name: history})
     written = [plot_curves({name: history}, folder / "curves.png", values)] if values else []
-    if alignment_table(history)[1]:
-        written.append(plot_alignment(history, folder / "alignment.png"))
+    kinds: tuple[Kind, ...] = ("estimate", "exact")  # without estimates the exact one may have been measured
+    if kind := next((kind for kind in kinds if alignment_table(history, kind)[1]), None):
+        written.append(plot_alignment(history, folder / "alignment.png", kind))
     return written
 
 

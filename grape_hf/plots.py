@@ -15,9 +15,12 @@ import numpy as np
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 except ImportError as error:
     raise ImportError("Plots need matplotlib: pip install 'grape_hf[plot]'.") from error
+
+from grape_hf.log_names import PREFIX, current_names
 
 History = Sequence[Mapping[str, Any]]
 Kind = Literal["estimate", "exact"]
@@ -34,6 +37,9 @@ _LABELS = {
     "exact": "cos(B e, exact delta)",
 }
 _MEANS = "/mean"
+_SEED = ", seed "
+# What gets a panel. Perplexity is the loss again, on another scale.
+_CURVES = ("loss", "eval_loss", "eval_perplexity", "eval_accuracy")
 
 
 def read_history(run: str | Path) -> list[dict[str, Any]]:
@@ -62,8 +68,8 @@ def alignment_table(history: History, kind: Kind = "estimate") -> tuple[list[int
         The n steps, the m names of boundaries from bottom to top of the model, and the cosines, ``(m, n)``, NaN where
         a step lacks one. All empty if nothing was logged.
     """
-    prefix = f"alignment/{kind}/"
-    entries = [entry for entry in history if any(key.startswith(prefix) for key in entry)]
+    prefix = f"{PREFIX}alignment/{kind}/"
+    entries = [entry for entry in current_names(history) if any(key.startswith(prefix) for key in entry)]
     keys = dict.fromkeys(key for entry in entries for key in entry if key.startswith(prefix))  # in order, each once
     keys.pop(prefix.removesuffix("/") + _MEANS, None)
     values = np.array([[entry.get(key, np.nan) for entry in entries] for key in keys], dtype=float)
@@ -71,13 +77,19 @@ def alignment_table(history: History, kind: Kind = "estimate") -> tuple[list[int
     return [int(entry["step"]) for entry in entries], names, values.reshape(len(keys), len(entries))
 
 
+def values_to_draw(runs: Mapping[str, History]) -> list[str]:
+    """Return what is worth a curve: those of the usual values that some run logged more than once."""
+    found = [v for v in _CURVES if any(sum(v in entry for entry in history) > 1 for history in runs.values())]
+    return [v for v in found if not (v == "eval_loss" and "eval_perplexity" in found)]
+
+
 def calibration_steps(history: History) -> list[int]:
     """Find the steps at which a calibration was first seen in the log: it took place there or since the last entry."""
     steps, before = [], 0
-    for entry in history:
-        if entry.get("calibration/steps", before) > before:
+    for entry in current_names(history):
+        if entry.get("grape/calibration/steps", before) > before:
             steps.append(int(entry["step"]))
-            before = entry["calibration/steps"]
+            before = entry["grape/calibration/steps"]
     return steps
 
 
@@ -86,7 +98,8 @@ def draw_curves(axes: Axes, runs: Mapping[str, History], value: str = "loss") ->
 
     Args:
         axes: where to draw.
-        runs: log history of each run, by the name for the legend.
+        runs: log history of each run, by the name for the legend. Names that differ in what follows ", seed " are
+            of one method: one colour, one entry in the legend.
         value: key of the log entries, e.g. ``loss`` or ``eval_perplexity``; perplexities get a logarithmic axis.
 
     Raises:
@@ -95,16 +108,21 @@ def draw_curves(axes: Axes, runs: Mapping[str, History], value: str = "loss") ->
     if not any(value in entry for history in runs.values() for entry in history):
         keys = sorted({key for history in runs.values() for entry in history for key in entry} - {"step", "epoch"})
         raise ValueError(f"No log entry has {value!r} to draw; logged were: {', '.join(keys) or 'nothing'}.")
-    for i, (name, history) in enumerate(runs.items()):
+    methods = [name.partition(_SEED)[0] for name in runs]
+    order = list(dict.fromkeys(methods))
+    for i, (method, history) in enumerate(zip(methods, runs.values(), strict=True)):
         points = [(entry["step"], entry[value]) for entry in history if value in entry]
         if not points:
             continue
         steps, heights = np.array(points, dtype=float).T
-        colour, style = _COLOURS[i % len(_COLOURS)], _STYLES[i % len(_STYLES)]
+        place = order.index(method)
+        colour, style = _COLOURS[place % len(_COLOURS)], _STYLES[place % len(_STYLES)]
         marker = "o" if len(points) < 3 else None
-        axes.plot(steps, heights, label=name, linewidth=1.8, color=colour, linestyle=style, marker=marker)
+        label = None if method in methods[:i] else list(runs)[i] if methods.count(method) == 1 else method
+        width = 1.4 + 0.9 * min(3, len(order) - 1 - place)  # what lies below shows at the sides of what covers it
+        axes.plot(steps, heights, label=label, linewidth=width, color=colour, linestyle=style, marker=marker)
         if calibrated := calibration_steps(history):
-            _mark_calibrations(axes, calibrated, colour, f"{name}: calibration")
+            _mark_calibrations(axes, calibrated, colour, None if label is None else f"{label}: calibration")
     _label_steps(axes)
     axes.set_ylabel(_LABELS.get(value, value))
     if "perplexity" in value:
@@ -129,7 +147,7 @@ def draw_alignment(axes: Axes, history: History, kind: Kind = "estimate") -> Non
     steps, names, values = alignment_table(history, kind)
     if not names:
         raise ValueError(
-            f"No log entry has alignment/{kind}/... to draw: the run made no feedback, or never logged it."
+            f"No log entry has {PREFIX}alignment/{kind}/... to draw: the run made no feedback, or never logged it."
         )
     lowest = min(0.0, float(np.nanmin(values))) if np.isfinite(values).any() else 0.0
     axes.set_facecolor("white")  # undefined cosines: no colour of the map is white
@@ -139,7 +157,9 @@ def draw_alignment(axes: Axes, history: History, kind: Kind = "estimate") -> Non
     axes.set_yticks(list(shown), [names[i] for i in shown])
     _label_steps(axes)
     axes.set_ylabel("boundary (top: nearest the loss)")
-    _mark_calibrations(axes, calibration_steps(history), _COLOURS[1])
+    if calibrated := calibration_steps(history):
+        _mark_calibrations(axes, calibrated, _COLOURS[1])
+        axes.set_xlabel(f"{axes.get_xlabel()} (▲ calibration)")
     assert axes.figure is not None
     axes.figure.colorbar(picture, ax=axes, label=_LABELS[kind])
 
@@ -159,8 +179,18 @@ def plot_alignment(history: History, path: str | Path, kind: Kind = "estimate") 
     return _save(figure, path)
 
 
+def plot_alignments(runs: Mapping[str, History], path: str | Path) -> Path | None:
+    """Write a heat map for each run and kind of alignment to an image file; None if no run logged any."""
+    maps = _maps(runs)
+    if not maps:
+        return None
+    figure, panels = _figure(len(maps))
+    _draw_maps(panels, maps)
+    return _save(figure, path)
+
+
 def plot_runs(runs: Mapping[str, History], path: str | Path) -> Path:
-    """Write one picture of everything that was logged: loss, validation perplexity, alignment of each run that has one.
+    """Write one picture of everything that was logged: curves of all runs, alignment of each run that has one.
 
     Args:
         runs: log history of each run, by its name.
@@ -170,20 +200,28 @@ def plot_runs(runs: Mapping[str, History], path: str | Path) -> Path:
         The path.
 
     Raises:
-        ValueError: if there is no training loss.
+        ValueError: if there is nothing to draw.
     """
-    # A single evaluation, at the end, is a figure for a table and no curve.
-    curve = any(sum("eval_perplexity" in entry for entry in history) > 1 for history in runs.values())
-    values = ["loss", "eval_perplexity"] if curve else ["loss"]
-    kinds: tuple[Kind, ...] = ("estimate", "exact")
-    aligned = [(name, history, kind) for name, history in runs.items() for kind in kinds if _aligned(history, kind)]
-    figure, panels = _figure(len(values) + len(aligned))
-    for axes, value in zip(panels, values, strict=False):
+    values, maps = values_to_draw(runs), _maps(runs)
+    figure, panels = _figure(max(1, len(values) + len(maps)))
+    for axes, value in zip(panels, values or ["loss"], strict=False):
         draw_curves(axes, runs, value)
-    for axes, (name, history, kind) in zip(panels[len(values) :], aligned, strict=True):
+    _draw_maps(panels[len(values) :], maps)
+    return _save(figure, path)
+
+
+Map = tuple[str, History, Kind]
+
+
+def _maps(runs: Mapping[str, History]) -> list[Map]:
+    kinds: tuple[Kind, ...] = ("estimate", "exact")
+    return [(name, history, kind) for name, history in runs.items() for kind in kinds if _aligned(history, kind)]
+
+
+def _draw_maps(panels: Sequence[Axes], maps: Sequence[Map]) -> None:
+    for axes, (name, history, kind) in zip(panels, maps, strict=True):
         draw_alignment(axes, history, kind)
         axes.set_title(name)
-    return _save(figure, path)
 
 
 def _aligned(history: History, kind: Kind) -> bool:
@@ -192,7 +230,7 @@ def _aligned(history: History, kind: Kind) -> bool:
 
 def _label_steps(axes: Axes) -> None:
     axes.set_xlabel("optimiser step")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
 
 
 def _mark_calibrations(axes: Axes, steps: Sequence[int], colour: str, label: str | None = None) -> None:
@@ -210,13 +248,13 @@ def _edges(steps: Iterable[int]) -> np.ndarray:
     if len(centres) == 1:
         return np.array([centres[0] - 0.5, centres[0] + 0.5])
     middle = (centres[:-1] + centres[1:]) / 2
-    return np.concatenate([[2 * centres[0] - middle[0]], middle, [2 * centres[-1] - middle[-1]]])
+    return np.concatenate([[max(0.0, 2 * centres[0] - middle[0])], middle, [2 * centres[-1] - middle[-1]]])
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     columns = panels if panels <= 3 else 2
     rows = -(-panels // columns)
-    figure = Figure(figsize=(6.4 * columns, 4.2 * rows), layout="constrained")
+    figure = Figure(figsize=(6.4 * columns, 4.2 * rows), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for spare in grid[panels:]:
         spare.remove()

@@ -22,6 +22,7 @@ from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modelcard import TASK_MAPPING, TrainingSummary
 
+from grape_hf.log_names import current_names, log_names
 from grape_hf.trainer import options_of
 from grape_hf.training_args import GrapeArgumentsMixin
 
@@ -137,7 +138,7 @@ def record_of(trainer: Any, given: Mapping[str, Any]) -> RunRecord:
         config=model.config.to_dict(),
         preprocessor=_preprocessor(trainer.processing_class),
         trained_from=start if os.path.isdir(start) else None,
-        latest={name: float(value) for name, value in run.metrics.items()} if run is not None else {},
+        latest={name: float(value) for name, value in log_names(run.metrics).items()} if run is not None else {},
         blocks=run.block_names if run is not None else [],
         single_block=run is not None and run.single_block,
     )
@@ -163,7 +164,8 @@ def read_record(folder: str | Path) -> RunRecord:
         )
     args = torch.load(folder / "training_args.bin", map_location="cpu", weights_only=False)
     state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-    if not hasattr(args, "method") and not any("calibration/steps" in entry for entry in state.log_history):
+    history = current_names(state.log_history)
+    if not hasattr(args, "method") and not any("grape/calibration/steps" in entry for entry in history):
         raise ValueError(
             f"{folder}: expected a run of GrapeTrainer, found {type(args).__name__} without GrAPE's options and a log "
             "without its entries. Nothing says that it was trained by other than the stock Trainer."
@@ -191,7 +193,7 @@ def read_record(folder: str | Path) -> RunRecord:
         options=options_of(args),
         summary=summary,
         card=known or Card(summary.to_model_card()),
-        history=state.log_history,
+        history=history,
         steps=state.global_step,
         results=results | figures(saved),
         measured_at=measured_at,

@@ -24,7 +24,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from grape_hf.baselines import BASELINES, make_baseline
 from grape_hf.baselines.base import Baseline, MicroBatch
 from grape_hf.checkpoints import checkpoint_to_resume, complete_save
+from grape_hf.log_names import log_names
 from grape_hf.parallelism import refuse_parallelism
+from grape_hf.progress import ProgressFigures
 from grape_hf.pushes import PushMixin
 from grape_hf.ranks import Ranks
 from grape_hf.run import FEEDBACK_NAME, STATE_NAME, GrapeRun, calibration_schedule
@@ -62,6 +64,7 @@ class GrapeMixin(PushMixin):
                     f"{type(self.model).__name__} has a single block and so no feedback point: "
                     f'method="{self.grape_options.method}" is ordinary backpropagation here.'
                 )
+            self.add_callback(ProgressFigures(self.callback_handler.callbacks))  # after the bar that it writes on
 
     @property
     def feedback(self) -> list[Tensor]:
@@ -190,7 +193,7 @@ class GrapeMixin(PushMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add alignment, and the share of calibration steps, to what is logged of the training."""
         if "loss" in logs and self._run is not None and self._run.started:
-            logs.update(self._run.read_metrics())
+            logs.update(log_names(self._run.read_metrics()))
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -1,36 +1,17 @@
-"""What the recipes share: options of a mapping, a check on what was loaded, and what a run leaves behind."""
+"""What the recipes share: a check on what was loaded, and what a run leaves behind."""
 
 import importlib.util
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate.utils import gather_object
+from transformers import TrainerCallback
 
 from grape_hf import GrapeTrainer
 
 logger = logging.getLogger("recipes")
-
-
-def parse_overrides(option: str, overrides: str | dict[str, Any] | None) -> dict[str, Any]:
-    """Read ``name=value,name=value``, values as in YAML; a mapping from a YAML file is taken as it is.
-
-    Args:
-        option: its name, for the message.
-        overrides: its value.
-
-    Raises:
-        ValueError: for words without a value.
-    """
-    if not isinstance(overrides, str):
-        return dict(overrides or {})
-    pairs = [pair.partition("=") for pair in overrides.split(",")]
-    if not all(equals for _, equals, _ in pairs):
-        raise ValueError(f"{option}={overrides!r}: expected name=value,name=value.")
-    return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
 
 
 def same_on_every_process(name: str) -> None:
@@ -58,29 +39,28 @@ def write_or_push_card(trainer: GrapeTrainer, card: dict[str, Any]) -> None:
         trainer.create_model_card(**card)
 
 
-def write_history(output: Path, history: list[dict[str, Any]], method: str, curves: str, values: Sequence[str]) -> None:
-    """Save what was logged of the alignment as data, and it and the curves as pictures if matplotlib is there.
+def plot_callbacks() -> list[TrainerCallback]:
+    """Return what keeps ``curves.png`` and ``alignment.png`` in the output folder current, if matplotlib is there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning("No plots: matplotlib is missing. pip install 'grape_hf[plot]'")
+        return []
+    from grape_hf.plot_callback import PlotCallback
+
+    return [PlotCallback()]
+
+
+def write_history(output: Path, history: list[dict[str, Any]]) -> None:
+    """Save what was logged of the alignment as ``alignment.json``, and say which pictures ``plot_callbacks`` left.
 
     Args:
         output: the folder of the run.
         history: the Trainer's log.
-        method: the run's, for the legend.
-        curves: name of the picture of ``values``.
-        values: what is drawn of those that were logged.
     """
     aligned = [
-        {key: value for key, value in entry.items() if key == "step" or key.startswith(("alignment/", "calibration/"))}
+        {k: v for k, v in entry.items() if k == "step" or k.startswith(("grape/alignment/", "grape/calibration/"))}
         for entry in history
-        if any(key.startswith("alignment/") for key in entry)
+        if any(key.startswith("grape/alignment/") for key in entry)
     ]
     (output / "alignment.json").write_text(json.dumps(aligned, indent=1), encoding="utf-8")
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning("No plots: matplotlib is missing. pip install 'grape_hf[plot]'")
-        return
-    from grape_hf.plots import plot_alignment, plot_curves
-
-    logged = [value for value in values if any(value in entry for entry in history)]
-    pictures = [plot_curves({method: history}, output / curves, logged)] if logged else []
-    if any(key.startswith("alignment/estimate/") for entry in aligned for key in entry):
-        pictures.append(plot_alignment(history, output / "alignment.png"))
+    pictures = [output / name for name in ("curves.png", "alignment.png") if (output / name).is_file()]
     print("Wrote", ", ".join(map(str, [output / "alignment.json", *pictures])))

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parse_overrides, same_on_every_process, save_metrics, write_history, write_or_push_card
+from common import plot_callbacks, same_on_every_process, save_metrics, write_history, write_or_push_card
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import (
     AutoConfig,
@@ -42,7 +42,7 @@ from transformers import (
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
 from grape_hf.hub import without_home
 from grape_hf.metrics import accuracy_of_classes, predicted_class
-from grape_hf.parsing import parse_recipe
+from grape_hf.parsing import parse_overrides, parse_recipe
 from grape_hf.vision import image_classifier, loading_note, networks
 from grape_hf.vision.data import EpochDraws, Images, mean_and_std
 from grape_hf.vision.sources import ImageData, Split, load_images
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         processing_class=processor,  # timm models from scratch carry theirs in their configuration
         preprocess_logits_for_metrics=predicted_class,
         compute_metrics=accuracy_of_classes,
-        callbacks=[EpochDraws(train_images)],
+        callbacks=[EpochDraws(train_images), *plot_callbacks()],
         milestones=model_args.lr_milestones,
         gamma=model_args.lr_gamma,
     )
@@ -209,8 +209,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         trainer.save_state()
         trainer.save_model(_internal_call=True)  # else it would push now, before the rest is there
         if trainer.is_world_process_zero():
-            values = ["loss", "eval_accuracy"]
-            write_history(output, trainer.state.log_history, training_args.method, "curves.png", values)
+            write_history(output, trainer.state.log_history)
         write_or_push_card(trainer, card)
     return results
 

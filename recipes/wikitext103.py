@@ -15,18 +15,20 @@ the metrics and the model card say so.
 
 Expected: perplexity and cost stand at the head of each YAML. The output folder ends up with the model and its
 tokenizer, which plain ``transformers`` opens, ``all_results.json``, ``sample.txt``, ``alignment.json``,
-``alignment.png``, ``loss.png`` and the model card; ``--push_to_hub --hub_model_id you/name`` uploads it at the end, and
+``alignment.png``, ``curves.png`` and the model card; ``--push_to_hub --hub_model_id you/name`` uploads it at the end, and
 at every save. On a CPU, ``accelerate launch`` uses one core for each process unless told otherwise, as above.
 """
 
 import logging
 import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import parse_overrides, same_on_every_process, save_metrics, write_history, write_or_push_card
+from common import plot_callbacks, same_on_every_process, save_metrics, write_history, write_or_push_card
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,7 +41,7 @@ from transformers import (
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
 from grape_hf.metrics import perplexity_from_logits, token_nll
-from grape_hf.parsing import parse_recipe
+from grape_hf.parsing import parse_overrides, parse_recipe
 from grape_hf.text import TextData, count_text, iterate_texts, load_text, pack, tokenize, train_tokenizer
 
 
@@ -98,9 +100,11 @@ class ModelArguments:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Load, train, evaluate, and leave everything in the output folder."""
-    data_args, model_args, training_args = parse_recipe(DataArguments, ModelArguments, GrapeTrainingArguments)
+    data_args, model_args, training_args = parse_recipe(
+        DataArguments, ModelArguments, GrapeTrainingArguments, argv=argv
+    )
     logging.basicConfig(level=training_args.get_process_log_level(), format="%(levelname)s %(name)s: %(message)s")
     set_seed(training_args.seed)
 
@@ -125,6 +129,7 @@ def main() -> None:
         processing_class=tokenizer,
         preprocess_logits_for_metrics=token_nll,
         compute_metrics=perplexity_from_logits(words_per_token=words / tokens),
+        callbacks=plot_callbacks(),
     )
     card = {"dataset": data.name, "dataset_tags": data.hub_id, "tasks": "text-generation"}
     if training_args.push_to_hub:
@@ -138,7 +143,7 @@ def main() -> None:
         output = Path(training_args.output_dir)
         prompt = torch.tensor(validation_blocks[0]["input_ids"][: data_args.context // 4])
         write_sample(output, prompt, data_args.context, training_args.seed)
-        write_history(output, trainer.state.log_history, training_args.method, "loss.png", ["loss"])
+        write_history(output, trainer.state.log_history)
     write_or_push_card(trainer, card)
 
 
@@ -246,4 +251,4 @@ def write_sample(output: Path, prompt: torch.Tensor, context: int, seed: int) ->
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

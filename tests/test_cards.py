@@ -128,12 +128,12 @@ class TestBody:
         assert "Runtime" not in rows
 
     def test_share_of_backpropagation(self, run: Any, readme: Path):
-        assert run.state.log_history[-3]["calibration/steps"] == 2
+        assert run.state.log_history[-3]["grape/calibration/steps"] == 2
         assert "2 of 4 optimiser steps, 50 %." in readme.read_text()
 
     def test_alignment_is_the_last_that_was_logged(self, run: Any, readme: Path):
         def last(kind: str, i: int) -> float:
-            name = f"alignment/{kind}/h_{i}"
+            name = f"grape/alignment/{kind}/h_{i}"
             return next(entry[name] for entry in reversed(run.state.log_history) if name in entry)
 
         rows = table(readme.read_text(), "### Alignment at the end")
@@ -263,7 +263,7 @@ class TestWhenItIsWritten:
         trainer.train()
         trainer.create_model_card()
         text = (tmp_path / "README.md").read_text()
-        assert not any("alignment/estimate/h_1" in entry for entry in trainer.state.log_history)
+        assert not any("grape/alignment/estimate/h_1" in entry for entry in trainer.state.log_history)
         assert len(table(text, "### Alignment at the end")) == 3
         assert "1 of 3 optimiser steps, 33.3 %." in text
 

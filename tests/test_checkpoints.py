@@ -228,7 +228,7 @@ def test_sigterm_in_the_middle_of_a_step(at, tmp_path, monkeypatch):
     resumed = train(GPT2, tmp_path / "run", max_steps=20, resume=True, **REFITTED)
     straight = train(GPT2, tmp_path / "straight", max_steps=20, **REFITTED)
     assert_same(weights(resumed), weights(straight))
-    for name in ("loss", "calibration/steps"):
+    for name in ("loss", "grape/calibration/steps"):
         assert logged(resumed, name) == logged(straight, name)
 
 

@@ -64,7 +64,7 @@ def run(tmp_path: Path) -> Path:
     (folder / "checkpoint-4").mkdir(parents=True)
     save_file({"w": torch.ones(2)}, folder / "model.safetensors")
     save_file({"B_1": torch.ones(2)}, folder / "checkpoint-4" / "grape_feedback.safetensors")
-    history = [{"step": 4, "loss": 1.0, "alignment/estimate/mean": 0.5}, {"step": 4, "eval_loss": 2.0}]
+    history = [{"step": 4, "loss": 1.0, "grape/alignment/estimate/mean": 0.5}, {"step": 4, "eval_loss": 2.0}]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     return folder
 
@@ -90,7 +90,7 @@ def test_a_difference_in_anything_is_found(run: Path, change: str):
 
 @pytest.mark.parametrize(("values", "holds"), [([0.5, -1.0], True), ([], False), ([0.5, float("nan")], False)])
 def test_what_counts_as_logged(values, holds):
-    assert logged([{"loss": 1.0}, *({"alignment/x": value} for value in values)], "alignment/x") is holds
+    assert logged([{"loss": 1.0}, *({"grape/alignment/x": value} for value in values)], "grape/alignment/x") is holds
 
 
 def test_a_check_that_fails_shows_in_the_table():

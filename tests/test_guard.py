@@ -87,10 +87,10 @@ def test_a_run_with_spoilt_estimates_is_one_without_them(options, factor, tmp_pa
     overflow(run, factor, lambda step: step % 4 != 0).train()
     rarely = train(OVERFLOWING, tmp_path, max_steps=20, **options | {"jvp_every": 4})
     assert_same(weights(run), weights(rarely))
-    assert [skipped for _, skipped in logged(run, "feedback/skipped")] == [n - (n + 3) // 4 for n in range(1, 21)]
-    assert logged(run, "feedback/skipped_in_a_row")[-1] == (20, 3)
+    assert [skipped for _, skipped in logged(run, "grape/feedback/skipped")] == [n - (n + 3) // 4 for n in range(1, 21)]
+    assert logged(run, "grape/feedback/skipped_in_a_row")[-1] == (20, 3)
     assert caplog.text.count("GrAPE: NaN or Inf") == 1
-    assert logged(rarely, "feedback/skipped")[-1] == (20, 0)
+    assert logged(rarely, "grape/feedback/skipped")[-1] == (20, 0)
 
 
 def test_too_many_in_a_row_stop_the_run(tmp_path):
@@ -116,7 +116,7 @@ def test_whoever_resumes_gets_another_chance(tmp_path):
     with pytest.raises(FloatingPointError):
         overflow(make_trainer(OVERFLOWING, tmp_path, **options), NAN, lambda step: True).train()
     well = train(OVERFLOWING, tmp_path, resume=True, **options)
-    assert logged(well, "feedback/skipped")[-1] == (10, 4)
+    assert logged(well, "grape/feedback/skipped")[-1] == (10, 4)
     sick = overflow(make_trainer(OVERFLOWING, tmp_path, **options), NAN, lambda step: True)
     with pytest.raises(FloatingPointError):  # four before the save and one more
         sick.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-4")
@@ -201,7 +201,7 @@ def test_an_activation_of_zeros_says_nothing_about_its_jacobian(options, tmp_pat
     torch.testing.assert_close(trainer.feedback[0], torch.eye(WIDTH), rtol=0, atol=1e-7)  # columns are normalised
     assert torch.isfinite(trainer.feedback[1]).all()
     assert (trainer.feedback[1] - torch.eye(WIDTH)).abs().max() > 1e-3
-    assert logged(trainer, "feedback/skipped")[-1] == (3, 0)
+    assert logged(trainer, "grape/feedback/skipped")[-1] == (3, 0)
 
 
 @every_rule
@@ -252,7 +252,7 @@ def test_a_batch_of_padding_only_leaves_the_feedback_as_it_was(tmp_path):
 def test_batches_of_one(problem, tmp_path):
     run = train(problem, tmp_path, per_device_train_batch_size=1, **REFITTED | {"learning_rate": 1e-3})
     assert all(torch.isfinite(w).all() for w in weights(run).values())
-    assert logged(run, "feedback/skipped")[-1] == (10, 0)
+    assert logged(run, "grape/feedback/skipped")[-1] == (10, 0)
     fresh = make_trainer(problem, tmp_path, max_steps=1, **REFITTED | {"learning_rate": 0.0, "feedback_lr": 0.0})
     fresh.train()
     assert differ(weights(run), weights(fresh)) >= {"B_1", "B_2"}
@@ -389,21 +389,21 @@ def test_a_run_that_fell_back_is_the_stock_trainers(options, mode, tmp_path, cap
     run = train(GPT2, tmp_path / "run", **options)
     stock = train(GPT2, tmp_path / "stock", Trainer, resume=f"{tmp_path}/run/checkpoint-3")
     assert_same(dict(run.model.named_parameters()), dict(stock.model.named_parameters()))
-    assert [number for _, number in logged(run, "fallback/blocks")] == [0] * 2 + [2] * 8
+    assert [number for _, number in logged(run, "grape/fallback/blocks")] == [0] * 2 + [2] * 8
     says = "falling back at step 3" if mode == "bp" else "falling back at step 3: the alignment at h_2"
     assert says in caplog.text
     assert caplog.text.count("falling back") == (1 if mode == "bp" else 2)
     unguarded = train(GPT2, tmp_path / "star", **options | {"fallback": "no"})
     assert differ(dict(unguarded.model.named_parameters()), dict(stock.model.named_parameters()))
-    assert not logged(unguarded, "fallback/blocks")
+    assert not logged(unguarded, "grape/fallback/blocks")
 
 
 def test_a_run_that_fell_back_pays_for_no_estimate_or_calibration(tmp_path):
     options = {"fallback": "bp", "fallback_threshold": 1.0, "fallback_patience": 2, "alignment_steps": 1}
     run = train(GPT2, tmp_path, max_steps=20, **REFITTED | options)
-    assert logged(run, "calibration/steps")[-1][1] <= 1
-    assert max(step for step, _ in logged(run, "alignment/exact/mean")) <= 4
-    assert len({value for _, value in logged(run, "alignment/estimate/mean")}) <= 4
+    assert logged(run, "grape/calibration/steps")[-1][1] <= 1
+    assert max(step for step, _ in logged(run, "grape/alignment/exact/mean")) <= 4
+    assert len({value for _, value in logged(run, "grape/alignment/estimate/mean")}) <= 4
 
 
 @pytest.mark.parametrize("measured", [0, 1], ids=["estimate", "exact"])
@@ -425,8 +425,8 @@ def test_a_run_whose_feedback_was_turned_round_calibrates_then_falls_back_and_sa
 
     watchful = {"calibration_strategy": "adaptive", "calibration_cooldown": 2, "fallback_patience": 3}
     guarded = sabotaged(fallback="bp", alignment_steps=measured, **watchful)
-    calibrated = [step for step, count in logged(guarded, "calibration/steps") if count]
-    fallen = [step for step, blocks in logged(guarded, "fallback/blocks") if blocks == 2]
+    calibrated = [step for step, count in logged(guarded, "grape/calibration/steps") if count]
+    fallen = [step for step, blocks in logged(guarded, "grape/fallback/blocks") if blocks == 2]
     assert 5 < calibrated[0] < fallen[0] < 30
     assert caplog.text.count("GrAPE: falling back at step") == 1
     unguarded = sabotaged()
@@ -439,7 +439,7 @@ def test_some_fall_back_and_some_do_not(tmp_path):
     """The learned B_2 stays aligned, B_1 of a run with gaussian start does not reach the threshold in time."""
     options = LEARNED | {"fallback": "block", "fallback_threshold": 0.97, "fallback_patience": 3}
     run = train(GPT2, tmp_path, max_steps=12, **options)
-    assert logged(run, "fallback/blocks")[-1] == (12, 1)
+    assert logged(run, "grape/fallback/blocks")[-1] == (12, 1)
     assert [run._run.drift.cuts(i) for i in range(2)] == [False, True]
     assert all(math.isfinite(loss) for _, loss in logged(run, "loss"))
 

@@ -84,7 +84,7 @@ def test_calibration_at_every_step_is_backpropagation(tmp_path):
     calibrated = LEARNED | {"calibration_strategy": "steps", "calibration_interval": 1, "calibration_refit": True}
     ours, stock = train(DROPOUT, tmp_path, **calibrated), train(DROPOUT, tmp_path, Trainer)
     assert_same(dict(ours.model.named_parameters()), dict(stock.model.named_parameters()))
-    assert logged(ours, "calibration/share")[-1] == (10, 1.0)
+    assert logged(ours, "grape/calibration/share")[-1] == (10, 1.0)
 
 
 # --- several forwards for one loss -----------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_several_forwards_in_every_kind_of_step(ours, stock, tmp_path):
     assert_same(dict(learning.model.named_parameters()), dict(frozen.model.named_parameters()))
     assert differ(weights(frozen), weights(learning)) == {"B_1", "B_2"}
     for trainer in (frozen, learning):
-        assert -1 <= logged(trainer, "alignment/exact/mean")[0][1] <= 1
+        assert -1 <= logged(trainer, "grape/alignment/exact/mean")[0][1] <= 1
 
 
 class Concatenating(GrapeTrainer):
@@ -222,7 +222,7 @@ def test_generation_in_the_middle_of_a_step_changes_nothing(options, tmp_path):
     plain.train(), generating.train()
     assert generating.generated >= 20
     assert_same(weights(generating), weights(plain))
-    assert logged(generating, "alignment/exact/mean") == logged(plain, "alignment/exact/mean")
+    assert logged(generating, "grape/alignment/exact/mean") == logged(plain, "grape/alignment/exact/mean")
 
 
 # --- partly frozen models --------------------------------------------------------------------------------------------

@@ -84,6 +84,11 @@ def test_only_the_main_process_draws(tmp_path: Path):
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_without_estimates_the_exact_alignment_is_drawn(tmp_path: Path):
+    exact = {"grape/alignment/exact/h_1": 0.5}
+    assert [p.name for p in plot_training([{"step": 1, **exact}], tmp_path)] == ["alignment.png"]
+
+
 def test_nothing_to_draw_is_no_error(tmp_path: Path):
     assert plot_training([], tmp_path) == []
     assert plot_training([{"step": 1, "loss": 2.0}], tmp_path) == []

@@ -17,14 +17,27 @@ from grape_hf.plots import (
     plot_curves,
     plot_runs,
     read_history,
+    values_to_draw,
 )
 
 HISTORY = [
-    {"step": 10, "loss": 5.0, "alignment/estimate/mean": 0.3, "alignment/estimate/h_1": 0.2},
+    {"step": 10, "loss": 5.0, "grape/alignment/estimate/mean": 0.3, "grape/alignment/estimate/h_1": 0.2},
     {"step": 10, "eval_loss": 4.9, "eval_perplexity": 134.0},
-    {"step": 20, "loss": 4.0, "calibration/steps": 1, "alignment/estimate/h_1": 0.4, "alignment/estimate/h_2": 0.6},
-    {"step": 30, "loss": 3.0, "calibration/steps": 1, "alignment/exact/h_1": 0.9},
-    {"step": 40, "loss": 2.5, "calibration/steps": 3, "alignment/estimate/h_1": -0.5, "alignment/estimate/h_2": 0.7},
+    {
+        "step": 20,
+        "loss": 4.0,
+        "grape/calibration/steps": 1,
+        "grape/alignment/estimate/h_1": 0.4,
+        "grape/alignment/estimate/h_2": 0.6,
+    },
+    {"step": 30, "loss": 3.0, "grape/calibration/steps": 1, "grape/alignment/exact/h_1": 0.9},
+    {
+        "step": 40,
+        "loss": 2.5,
+        "grape/calibration/steps": 3,
+        "grape/alignment/estimate/h_1": -0.5,
+        "grape/alignment/estimate/h_2": 0.7,
+    },
     {"step": 40, "eval_loss": 2.9, "eval_perplexity": 18.0},
 ]
 PLAIN = [{"step": 10, "loss": 4.0}, {"step": 40, "loss": 3.0}]
@@ -59,6 +72,23 @@ def test_curves_show_every_run_and_its_calibrations():
     assert len({c for c, _ in styles}) == len({s for _, s in styles}) == 2  # told apart by either
 
 
+def test_seeds_of_a_method_look_alike_and_methods_do_not():
+    axes = figure.Figure().subplots()
+    draw_curves(axes, {"bp, seed 0": PLAIN, "bp, seed 1": PLAIN, "grape, seed 0": HISTORY, "grape, seed 1": PLAIN})
+    curves = [line for line in axes.lines if line.get_marker() != "^"]
+    looks = [(line.get_color(), line.get_linestyle(), line.get_linewidth()) for line in curves]
+    assert looks[0] == looks[1] != looks[2] == looks[3]
+    assert looks[0][2] > looks[2][2]  # a curve below another shows at its sides
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["bp", "grape", "grape: calibration"]
+
+
+def test_what_is_drawn_was_logged_more_than_once():
+    assert values_to_draw({"a": HISTORY, "b": PLAIN}) == ["loss", "eval_perplexity"]  # which is the loss again
+    losses = [{key: value for key, value in entry.items() if key != "eval_perplexity"} for entry in HISTORY]
+    assert values_to_draw({"a": losses}) == ["loss", "eval_loss"]
+    assert values_to_draw({"a": HISTORY[:2], "b": PLAIN[:1]}) == []
+
+
 def test_perplexity_is_on_a_logarithmic_axis():
     axes = figure.Figure().subplots()
     draw_curves(axes, {"GrAPE": HISTORY, "BP": PLAIN}, "eval_perplexity")
@@ -80,7 +110,7 @@ def test_heat_map_has_a_cell_for_each_boundary_and_step():
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_the_axes_fill_the_figure(calibrated: bool):
-    history = [{**entry, "calibration/steps": 0} for entry in HISTORY] if not calibrated else HISTORY
+    history = [{**entry, "grape/calibration/steps": 0} for entry in HISTORY] if not calibrated else HISTORY
     picture = figure.Figure(layout="constrained")
     left, right = picture.subplots(1, 2)
     draw_curves(left, {"GrAPE": history})
@@ -114,7 +144,7 @@ def test_nothing_to_draw():
     axes = figure.Figure().subplots()
     with pytest.raises(ValueError, match="'accuracy' to draw; logged were: .*eval_loss.* loss"):
         draw_curves(axes, {"a": HISTORY}, "accuracy")
-    with pytest.raises(ValueError, match="alignment/estimate"):
+    with pytest.raises(ValueError, match="grape/alignment/estimate"):
         draw_alignment(axes, PLAIN)
 
 

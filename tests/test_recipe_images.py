@@ -63,9 +63,9 @@ class TestGrapeRun:
 
     def test_alignment_and_curves_are_there(self, grape_run: tuple[Path, str]):
         history = json.loads((grape_run[0] / "alignment.json").read_text())
-        assert all(-1 <= entry["alignment/estimate/h_3"] <= 1 for entry in history)
-        assert any("alignment/exact/mean" in entry for entry in history)
-        assert history[-1]["calibration/steps"] == 4
+        assert all(-1 <= entry["grape/alignment/estimate/h_3"] <= 1 for entry in history)
+        assert any("grape/alignment/exact/mean" in entry for entry in history)
+        assert history[-1]["grape/calibration/steps"] == 4
         for picture in ("alignment.png", "curves.png"):
             assert (grape_run[0] / picture).read_bytes().startswith(b"\x89PNG")
         log = json.loads((grape_run[0] / "trainer_state.json").read_text())["log_history"]

@@ -113,10 +113,10 @@ class TestARun:
     def test_alignment_is_there_as_data_and_as_a_picture(self, finished: tuple[Path, str]):
         history = json.loads((finished[0] / "alignment.json").read_text())
         assert [entry["step"] for entry in history] == [2, 4, 6, 8, 10, 12]
-        assert all(-1 <= entry["alignment/estimate/h_2"] <= 1 for entry in history)
-        assert any("alignment/exact/mean" in entry for entry in history)
-        assert history[-1]["calibration/steps"] == 3
-        for picture in ("alignment.png", "loss.png"):
+        assert all(-1 <= entry["grape/alignment/estimate/h_2"] <= 1 for entry in history)
+        assert any("grape/alignment/exact/mean" in entry for entry in history)
+        assert history[-1]["grape/calibration/steps"] == 3
+        for picture in ("alignment.png", "curves.png"):
             assert (finished[0] / picture).read_bytes().startswith(b"\x89PNG")
 
     def test_a_sample_is_printed_and_saved(self, finished: tuple[Path, str]):

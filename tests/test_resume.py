@@ -52,7 +52,7 @@ def test_15_steps_and_5_more_are_20(options, tmp_path):
     names = {name for entry in straight.state.log_history[:-1] for name in entry}
     assert {"loss", "grad_norm"} < names
     for name in names:
-        if name.startswith("alignment/estimate") or name == "calibration/last_step":
+        if name.startswith("grape/alignment/estimate") or name == "grape/calibration/last_step":
             # Repeated in the log until there is a new one; a resumed run begins with none.
             assert set(logged(resumed, name)) <= set(logged(straight, name)), name
         else:
@@ -90,12 +90,14 @@ def test_killed_in_the_middle_of_a_save_nothing_is_lost(name, killed_runs, tmp_p
     assert f"not resuming from {folder}/checkpoint-30, which is incomplete: trainer_state.json" in caplog.text
     straight = train(DROPOUT, tmp_path, **options)
     assert_same(weights(resumed), weights(straight))
-    for log in ("loss", "grad_norm", "learning_rate", "calibration/steps", "fallback/blocks"):
+    for log in ("loss", "grad_norm", "learning_rate", "grape/calibration/steps", "grape/fallback/blocks"):
         assert logged(resumed, log) == logged(straight, log)
     if "calibration_strategy" in options:
-        assert 0 < logged(straight, "calibration/steps")[19][1] < logged(straight, "calibration/steps")[-1][1]
+        assert (
+            0 < logged(straight, "grape/calibration/steps")[19][1] < logged(straight, "grape/calibration/steps")[-1][1]
+        )
     if "fallback" in options:
-        given_up = [number for _, number in logged(straight, "fallback/blocks")]
+        given_up = [number for _, number in logged(straight, "grape/fallback/blocks")]
         assert (given_up[19], given_up[-1]) == {"fallen-back": (1, 1), "falling-back": (0, 2)}[name]
 
 
@@ -124,8 +126,8 @@ def test_a_resumed_run_knows_its_calibrations(tmp_path):
     options = LEARNED | {"calibration_strategy": "steps", "calibration_interval": 4}
     saved = stopped(GPT2, tmp_path / "straight", **options)
     resumed = train(GPT2, tmp_path / "resumed", max_steps=20, resume=saved, **options)
-    assert logged(resumed, "calibration/steps")[-1] == (20, 5)
-    assert logged(resumed, "calibration/share")[-1] == (20, pytest.approx(5 / 20))
+    assert logged(resumed, "grape/calibration/steps")[-1] == (20, 5)
+    assert logged(resumed, "grape/calibration/share")[-1] == (20, pytest.approx(5 / 20))
 
 
 def test_the_files_in_a_checkpoint(tmp_path):

@@ -50,12 +50,12 @@ def calibrated_steps(folder: Any, epochs: float = 4, micro_batches: int = 1, **o
     taken = [step for step, kind in kinds.items() if True in kind]
     for step in range(steps):
         so_far = sum(t <= step for t in taken)
-        assert logged(trainer, "calibration/steps")[step] == (step + 1, so_far)
-        assert logged(trainer, "calibration/share")[step] == (step + 1, pytest.approx(so_far / (step + 1)))
+        assert logged(trainer, "grape/calibration/steps")[step] == (step + 1, so_far)
+        assert logged(trainer, "grape/calibration/share")[step] == (step + 1, pytest.approx(so_far / (step + 1)))
     last = [max(t for t in taken if t <= step) + 1 for step in range(steps) if taken and step >= taken[0]]
-    assert [value for _, value in logged(trainer, "calibration/last_step")] == last
-    assert [step for step, _ in logged(trainer, "alignment/exact/mean")] == [t + 1 for t in taken]
-    estimates = dict(logged(trainer, "alignment/estimate/mean"))
+    assert [value for _, value in logged(trainer, "grape/calibration/last_step")] == last
+    assert [step for step, _ in logged(trainer, "grape/alignment/exact/mean")] == [t + 1 for t in taken]
+    estimates = dict(logged(trainer, "grape/alignment/estimate/mean"))
     repeated = {step for step in estimates if estimates[step] == estimates.get(step - 1)}
     assert repeated == {t + 1 for t in taken if t > 0}, "no estimate in a calibration step, one in any other"
     return taken
@@ -114,7 +114,7 @@ def test_adaptive_waits_until_the_alignment_has_fallen(tmp_path):
     trainer.train()
     taken = [step for step, chained in trainer.seen if chained]
     smoothed, last, expected = None, None, []
-    estimates = dict(logged(trainer, "alignment/estimate/mean"))
+    estimates = dict(logged(trainer, "grape/alignment/estimate/mean"))
     for step in range(40):
         rested = last is None or step - last >= 4
         if rested and smoothed is not None and smoothed < 0.955:
@@ -141,4 +141,4 @@ def test_adaptive_dfa_watches_the_exact_alignment(tmp_path):
     trainer.train()
     # Measuring on the side does not make a step a calibration step.
     assert [step for step, chained in trainer.seen if chained] == [1, 5, 9]
-    assert [step for step, _ in logged(trainer, "alignment/exact/mean")] == [1, 2, 3, 5, 6, 7, 9, 10]
+    assert [step for step, _ in logged(trainer, "grape/alignment/exact/mean")] == [1, 2, 3, 5, 6, 7, 9, 10]

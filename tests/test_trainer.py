@@ -127,8 +127,8 @@ def test_estimates_and_measurements_leave_no_trace(problem, mode, tmp_path):
     frozen = train(problem, tmp_path, method="dfa")
     idle = LEARNED | {"feedback_lr": 0.0, "alignment_steps": 2, "jvp_mode": mode}
     measured = train(problem, tmp_path, **idle)
-    assert len(logged(measured, "alignment/estimate/mean")) == 10
-    assert len(logged(measured, "alignment/exact/mean")) == 5
+    assert len(logged(measured, "grape/alignment/estimate/mean")) == 10
+    assert len(logged(measured, "grape/alignment/exact/mean")) == 5
     assert_same(weights(measured), weights(frozen))
     assert_same(dict(measured.model.named_buffers()), dict(frozen.model.named_buffers()))
     assert logged(measured, "loss") == logged(frozen, "loss")
@@ -160,11 +160,11 @@ def test_four_micro_batches_of_4_are_a_batch_of_16(problem, options, tmp_path):
     whole = train(problem, tmp_path, per_device_train_batch_size=16, **run)
     split = train(problem, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4, **run)
     assert_same(weights(split), weights(whole), rtol=1e-7, atol=1e-9)
-    for name in ("calibration/steps", "alignment/exact/mean", "alignment/estimate/h_1"):
+    for name in ("grape/calibration/steps", "grape/alignment/exact/mean", "grape/alignment/estimate/h_1"):
         assert dict(logged(split, name)) == pytest.approx(dict(logged(whole, name)), rel=1e-5)
-    assert bool(logged(split, "alignment/estimate/mean")) == (options["method"] == "grape")
+    assert bool(logged(split, "grape/alignment/estimate/mean")) == (options["method"] == "grape")
     if "calibration_strategy" in options:
-        assert 0 < logged(split, "calibration/steps")[-1][1] < 8
+        assert 0 < logged(split, "grape/calibration/steps")[-1][1] < 8
 
 
 def test_padding_has_no_say(tmp_path):
@@ -178,7 +178,7 @@ def test_padding_has_no_say(tmp_path):
     data = [other(sample) for sample in PADDED.samples(32)]
     again = train(PADDED, tmp_path, dtype=torch.float64, more={"train_dataset": data}, **options)
     assert_same(weights(again), weights(trainer), rtol=1e-7, atol=1e-9)
-    name = "alignment/exact/mean"
+    name = "grape/alignment/exact/mean"
     assert dict(logged(again, name)) == pytest.approx(dict(logged(trainer, name)), rel=1e-5)
 
 
@@ -287,7 +287,7 @@ def test_an_evaluation_leaves_the_next_estimate_as_it_was(tmp_path):
     more = {"eval_dataset": problem.samples(4)}
     evaluated = train(problem, tmp_path, more=more, eval_strategy="steps", eval_steps=1, **options)
     assert_same(weights(evaluated), weights(plain))
-    assert logged(evaluated, "alignment/exact/mean") == logged(plain, "alignment/exact/mean")
+    assert logged(evaluated, "grape/alignment/exact/mean") == logged(plain, "grape/alignment/exact/mean")
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -387,7 +387,7 @@ def test_auto_find_batch_size_starts_again_with_less(tmp_path):
     assert trainer._train_batch_size <= 4
     assert trainer.state.global_step == 10
     assert max(hooks) == 3  # h_1, h_2 and y, after the new start as well
-    assert len(logged(trainer, "alignment/estimate/mean")) == 10
+    assert len(logged(trainer, "grape/alignment/estimate/mean")) == 10
 
 
 def test_logs(tmp_path):
@@ -396,15 +396,15 @@ def test_logs(tmp_path):
     # alignment was measured in 0, 4, 8.
     for kind, at in {"estimate": [2, 4, 6, 8, 10], "exact": [2, 6, 10]}.items():
         for name in ("mean", "h_1", "h_2"):
-            entries = logged(trainer, f"alignment/{kind}/{name}")
+            entries = logged(trainer, f"grape/alignment/{kind}/{name}")
             assert [step for step, _ in entries] == at
             assert all(-1 <= value <= 1 for _, value in entries)
     for entry in trainer.state.log_history[:-1]:
         for kind in ("estimate", "exact"):
-            if f"alignment/{kind}/mean" in entry:
-                h = [entry[f"alignment/{kind}/h_{i}"] for i in (1, 2)]
-                assert entry[f"alignment/{kind}/mean"] == pytest.approx(sum(h) / 2, rel=1e-5)
-    estimates = dict(logged(trainer, "alignment/estimate/mean"))
+            if f"grape/alignment/{kind}/mean" in entry:
+                h = [entry[f"grape/alignment/{kind}/h_{i}"] for i in (1, 2)]
+                assert entry[f"grape/alignment/{kind}/mean"] == pytest.approx(sum(h) / 2, rel=1e-5)
+    estimates = dict(logged(trainer, "grape/alignment/estimate/mean"))
     assert estimates[4] == estimates[6]
     assert len(set(estimates.values())) == 4
 
@@ -484,4 +484,4 @@ def test_batch_norms_get_the_whole_batch(tmp_path):
     """A quarter of a batch of 4 is a single sample, of which a batch norm has no statistics."""
     trainer = train(NOISY, tmp_path, jvp_every=1, jvp_fraction=0.25)
     assert all(torch.isfinite(b).all() for b in trainer.feedback)
-    assert logged(trainer, "alignment/estimate/mean")
+    assert logged(trainer, "grape/alignment/estimate/mean")

@@ -32,7 +32,7 @@ from grape_hf.isolation import _products, full_precision
 
 CALIBRATED = LEARNED | {"calibration_strategy": "steps", "calibration_interval": 1}
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
-OURS = ("alignment/", "calibration/", "feedback/", "fallback/")
+OURS = ("grape/",)
 TIMES = ("runtime", "per_second", "mem_")
 
 
@@ -312,7 +312,7 @@ def test_an_optimizer_with_other_weights_for_an_evaluation(tmp_path):
 
     ours, undisturbed = run(eval_strategy="steps", eval_steps=1), run()
     assert_same(weights(ours), weights(undisturbed))
-    assert logged(ours, "alignment/exact/mean") == logged(undisturbed, "alignment/exact/mean")
+    assert logged(ours, "grape/alignment/exact/mean") == logged(undisturbed, "grape/alignment/exact/mean")
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -489,7 +489,7 @@ def test_auto_find_batch_size_is_a_fresh_run_with_smaller_batches(options, tmp_p
     small.model.load_state_dict(cramped.model.grown)
     small.train()
     assert_same(weights(cramped), weights(small))
-    for name in ("loss", "calibration/steps", "alignment/estimate/mean", "alignment/exact/mean"):
+    for name in ("loss", "grape/calibration/steps", "grape/alignment/estimate/mean", "grape/alignment/exact/mean"):
         assert logged(cramped, name) == logged(small, name)
 
 
@@ -535,7 +535,7 @@ def test_a_second_run_begins_with_fresh_feedback(tmp_path):
     trainer.train()
     other.train()
     assert_same(weights(trainer), weights(other))
-    assert logged(trainer, "alignment/estimate/mean") == logged(other, "alignment/estimate/mean")
+    assert logged(trainer, "grape/alignment/estimate/mean") == logged(other, "grape/alignment/estimate/mean")
 
 
 # --- a hyperparameter search -----------------------------------------------------------------------------------------

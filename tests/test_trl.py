@@ -106,7 +106,7 @@ def test_it_learns(kind, tmp_path):
     losses = [value for _, value in logged(trainer, "loss")]
     assert losses[-1] < losses[0]
     assert all(0 < (b - torch.eye(16)).norm() < 4 for b in trainer.feedback)  # from the identity, not far from it
-    assert logged(trainer, "alignment/estimate/mean")
+    assert logged(trainer, "grape/alignment/estimate/mean")
     assert seen == [3] * 10  # two boundaries and y
     assert not our_hooks(trainer)
 

@@ -126,12 +126,12 @@ def try_script(name: str, checkout: Path, folder: Path, steps: int) -> Outcome:
     opened = [run(script, evaluation, output) for script, output in ((stock, "opened"), (patched, "evaluated"))]
     compared = opened if example.random_evaluation else [*opened, results["grape"]]
     history, more = (read_history(folder / output) for output in ("grape", "options"))
-    calibrated = max(entry.get("calibration/steps", 0) for entry in more)
+    calibrated = max(entry.get("grape/calibration/steps", 0) for entry in more)
     checks = {
         "card": "with **GrAPE**" in card(folder / "grape") and "with **GrAPE**" in card(folder / "options"),
-        "alignment in the logs": logged(history, "alignment/estimate/mean")
-        and logged(history, "alignment/estimate/h_1"),
-        "options": logged(more, "alignment/exact/mean") and calibrated == steps // 20,
+        "alignment in the logs": logged(history, "grape/alignment/estimate/mean")
+        and logged(history, "grape/alignment/estimate/h_1"),
+        "options": logged(more, "grape/alignment/exact/mean") and calibrated == steps // 20,
         "opened by the stock script": all(
             run[m] == compared[0][m] for run in compared for m in ("eval_loss", *example.metrics)
         ),
@@ -194,7 +194,7 @@ def differences(a: Path, b: Path, step: int) -> list[str]:
         mine, other = load_file(a / name), load_file(b / name)
         found += [f"{name}: {key}" for key in mine if not torch.equal(mine[key], other[key])]
     histories = [read_history(run) for run in (a, b)]
-    for name in ("loss", "eval_loss", "alignment/estimate/mean"):
+    for name in ("loss", "eval_loss", "grape/alignment/estimate/mean"):
         values = [[(entry["step"], entry[name]) for entry in history if name in entry] for history in histories]
         if values[0] != values[1]:
             found.append(f"the logged {name}")

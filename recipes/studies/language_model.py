@@ -30,6 +30,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
+from grape_hf.log_names import current_names
 
 TOP = Path(__file__).resolve().parents[2]
 sys.path.append(str(TOP / "recipes"))  # a script sees its own folder alone
@@ -261,10 +262,10 @@ def mean(cells: list[dict[str, Any]]) -> float:
 
 def last_alignment(cell: dict[str, Any]) -> str:
     """The last exact alignment of each boundary that was logged."""
-    logged = [entry for entry in cell["log_history"] if "alignment/exact/mean" in entry]
+    logged = [entry for entry in current_names(cell["log_history"]) if "grape/alignment/exact/mean" in entry]
     if not logged:
         return "-"
-    names = [name for name in logged[-1] if name.startswith("alignment/exact/h_")]
+    names = [name for name in logged[-1] if name.startswith("grape/alignment/exact/h_")]
     return " ".join(f"{logged[-1][name]:.2f}" for name in names)
 
 

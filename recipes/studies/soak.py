@@ -165,7 +165,7 @@ def compare(straight: Path, killed: Path, step: int) -> list[str]:
     for key, state in moments[0].items():
         differences += [f"optimizer: {key} {n}" for n, t in state.items() if not torch.equal(t, moments[1][key][n])]
     histories = [json.loads((c / "trainer_state.json").read_text())["log_history"] for c in (a, b)]
-    for name in ("loss", "grad_norm", "learning_rate", "calibration/steps", "feedback/skipped"):
+    for name in ("loss", "grad_norm", "learning_rate", "grape/calibration/steps", "grape/feedback/skipped"):
         logs = [[(entry["step"], entry[name]) for entry in history if name in entry] for history in histories]
         if logs[0] != logs[1] or len(logs[0]) != step:
             differences.append(f"the logged {name}")

@@ -94,7 +94,7 @@ def test_feedback_is_the_same_on_both_ranks_after_50_steps(processes, tmp_path):
     uneven = {"samples": 14, "accelerator_config": {"even_batches": False}, "logging_steps": 10}
     options = LEARNED | watchful | {"calibration_refit": True} | uneven
     first, second = processes.run(jobs.train, "llama-padded", tmp_path, max_steps=50, dtype=torch.float32, **options)
-    assert first.log[-2]["calibration/steps"] > 2
+    assert first.log[-2]["grape/calibration/steps"] > 2
     assert_same(second.weights, first.weights)
     decided = [
         [{k: v for k, v in entry.items() if k.startswith(("alignment", "calibration"))} for entry in rank.log]

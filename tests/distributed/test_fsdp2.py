@@ -62,7 +62,7 @@ def test_ranks_fall_back_together(mode, threshold, measured, given_up, processes
     assert_same(first.weights, weights(alone), **CLOSE)
     assert_same(second.weights, first.weights)
     for log in (alone.state.log_history, first.log, second.log):
-        assert [entry["fallback/blocks"] for entry in log if "loss" in entry] == given_up
+        assert [entry["grape/fallback/blocks"] for entry in log if "loss" in entry] == given_up
 
 
 def test_3_steps_and_3_more_are_6(processes, tmp_path):

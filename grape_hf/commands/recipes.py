@@ -1,0 +1,103 @@
+"""The recipes for ``grape-hf train`` and ``compare``: where they are, and which one a file of options is for."""
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+import grape_hf
+from grape_hf import GrapeTrainingArguments
+
+RECIPES = {"text": "wikitext103", "images": "image_classification"}
+
+
+def recipes_folder() -> Path:
+    """Find the recipes: a wheel carries them in the package, a checkout beside it.
+
+    Raises:
+        FileNotFoundError: if they are in neither place.
+    """
+    package = Path(grape_hf.__file__).parent
+    candidates = [folder / "recipes" for folder in (package, package.parent)]
+    for folder in candidates:
+        if (folder / "wikitext103.py").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"the recipes are missing: expected {' or '.join(map(str, candidates))}. Install the package again."
+    )
+
+
+def load(module: str) -> ModuleType:
+    """Import a module out of the recipes' folder, which they expect to be on the path."""
+    folder = str(recipes_folder())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module(module)
+
+
+def find_config(name: str) -> Path:
+    """Return the file of options that is meant: one of the user's, or one that comes with the recipes.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    path, shipped = Path(name), recipes_folder() / name
+    if path.is_file() or not shipped.is_file():
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{name}: expected a file of options, or one of those that come with grape_hf: "
+                f"{', '.join(shipped_configs())}."
+            )
+        return path
+    return shipped
+
+
+def shipped_configs() -> list[str]:
+    """Return the files of options that come with the recipes, by their names in the recipes' folder."""
+    folder = recipes_folder()
+    files = [*folder.glob("*.yaml"), *folder.glob("image_classification/*.yaml")]
+    return sorted(str(path.relative_to(folder)) for path in files)
+
+
+def recipe_of(config: Path) -> str:
+    """Tell from its keys which recipe a file of options is for.
+
+    Returns:
+        A key of ``RECIPES``.
+
+    Raises:
+        ValueError: if the keys fit both or none.
+    """
+    options = yaml.safe_load(config.read_text(encoding="utf-8"))  # JSON is YAML
+    if not isinstance(options, dict):
+        raise ValueError(f"{config}: expected `option: value` pairs, got {type(options).__name__}.")
+    common = _names(GrapeTrainingArguments)
+    asked = set(options) - common
+    own = {name: _own_names(load(module)) for name, module in RECIPES.items()}
+    known = {name: len(asked & names) for name, names in own.items()}
+    best = max(known, key=known.__getitem__)
+    others = set().union(*(names for name, names in own.items() if name != best))
+    if not asked & (own[best] - others):
+        raise ValueError(
+            f"{config}: no option in it says which recipe it is for. Name one: --recipe {' or '.join(RECIPES)}."
+        )
+    return best
+
+
+def _own_names(recipe: ModuleType) -> set[str]:
+    return _names(recipe.DataArguments) | _names(recipe.ModelArguments)
+
+
+def _names(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def train(config: str, recipe: str | None, argv: Sequence[str]) -> None:
+    """Run the recipe that a file of options is for, with further options over it."""
+    path = find_config(config)
+    load(RECIPES[recipe or recipe_of(path)]).main([str(path), *argv])

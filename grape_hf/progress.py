@@ -1,0 +1,71 @@
+"""Loss, alignment and share of backpropagation on the Trainer's progress bar, and in its table in notebooks.
+
+The Trainer's own callback makes the bar or the table, and prints whatever is logged; with ``disable_tqdm`` there is
+neither, and nothing is shown here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+# What is shown of the log, and what it is called on the bar and in the table. The estimate is made more often.
+_ALIGNMENT = ("grape/alignment/estimate/mean", "grape/alignment/exact/mean")
+_SHARE = "grape/calibration/share"
+
+
+class ProgressFigures(TrainerCallback):
+    """Add to what the Trainer's own progress callback shows.
+
+    Args:
+        callbacks: the Trainer's callbacks, this one behind the one that it adds to.
+    """
+
+    def __init__(self, callbacks: Sequence[TrainerCallback]) -> None:
+        self._callbacks = callbacks
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the last figures beside the bar, or in a notebook in the row that was just written."""
+        logs = state.log_history[-1] if state.log_history else {}
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        for callback in self._callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if isinstance(callback, ProgressCallback) and bar is not None:
+                bar.set_postfix_str(
+                    ", ".join([f"loss {logs['loss']:.4g}", *(f"{k} {v}" for k, v in figures(logs).items())])
+                )
+        if args.eval_strategy == IntervalStrategy.NO:  # else the last row is of an evaluation before this entry
+            self._add_to_row(state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Where there are evaluations, a notebook's table has a row for each of them and for nothing else."""
+        self._add_to_row(state)
+
+    def _add_to_row(self, state: TrainerState) -> None:
+        shown = {name[0].upper() + name[1:]: text for name, text in figures(last_logs(state)).items()}
+        for callback in self._callbacks:
+            tracker: Any = getattr(callback, "training_tracker", None)  # not by class: that would import IPython
+            rows = getattr(tracker, "inner_table", None) or []
+            if len(rows) < 2 or not shown:
+                continue
+            columns, *_, last = rows
+            columns.extend(name for name in shown if name not in columns)
+            for row in rows[1:]:
+                row.extend(["No log"] * (len(columns) - len(row)))
+            for name, text in shown.items():
+                last[columns.index(name)] = text
+            tracker.display()
+
+
+def figures(logs: Mapping[str, Any]) -> dict[str, str]:
+    """Return the mean alignment and the share of backpropagation steps of a log entry, as far as it has them."""
+    found = {"alignment": next((f"{logs[name]:.3f}" for name in _ALIGNMENT if name in logs), None)}
+    found["BP share"] = f"{100 * logs[_SHARE]:.3g} %" if _SHARE in logs else None
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def last_logs(state: TrainerState) -> Mapping[str, Any]:
+    """Return the last log entry of the training; evaluations have entries of their own."""
+    return next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
