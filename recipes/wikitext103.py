@@ -15,8 +15,8 @@ the metrics and the model card say so.
 
 Expected: perplexity and cost stand at the head of each YAML. The output folder ends up with the model and its
 tokenizer, which plain ``transformers`` opens, ``all_results.json``, ``sample.txt``, ``alignment.json``,
-``alignment.png``, ``curves.png`` and the model card; ``--push_to_hub --hub_model_id you/name`` uploads it at the end, and
-at every save. On a CPU, ``accelerate launch`` uses one core for each process unless told otherwise, as above.
+``alignment.png``, ``curves.png`` and the model card; ``--push_to_hub --hub_model_id you/name`` uploads it at every save
+and at the end. On a CPU, ``accelerate launch`` uses one core for each process unless told otherwise, as above.
 """
 
 import logging
