@@ -42,7 +42,7 @@ MODE = os.environ["SWAP_TRAINER_MODE"]
 OUTCOMES = Path(os.environ["SWAP_TRAINER_OUTCOMES"])
 SECONDS = int(os.environ["SWAP_TRAINER_SECONDS"])
 METHOD = "bp" if MODE == "bp" else "grape"
-LOGGED = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
+LOGGED = ("step", "loss", "grad_norm", "learning_rate", "eval_loss", "train_loss")
 
 runs: list[dict[str, Any]] = []  # of the test under way
 
@@ -177,7 +177,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         "test": report.nodeid,
         "outcome": report.outcome,
         "reason": reason[:200],
-        "seconds": round(report.duration, 1),
         "runs": [*runs] if report.when == "call" else [],
     }
     with OUTCOMES.open("a") as file:

@@ -1,8 +1,9 @@
 r"""Do the tests that transformers has of its ``Trainer`` pass with grape_hf's in its place?
 
     git clone https://github.com/huggingface/transformers ../transformers   # or any other checkout; nothing is copied
-    pip install parameterized                        # of what its tests need, the one that they cannot do without
-    OMP_NUM_THREADS=1 python recipes/studies/transformers_tests.py ../transformers    # half an hour on one core
+    pip install parameterized          # its tests do not start without; the table's had these too: optuna tensorboard
+    # sentencepiece bitsandbytes schedulefree torch-optimi lomo-optim galore-torch apollo-torch grokadamw
+    OMP_NUM_THREADS=1 python recipes/studies/transformers_tests.py ../transformers    # 15 minutes on one core
     OMP_NUM_THREADS=1 python recipes/studies/transformers_tests.py ../transformers --modes bp --only "resume or best"
     python recipes/studies/transformers_tests.py                    # only the table, of the outcomes that there are
 
