@@ -33,7 +33,7 @@ class FeedbackPoints:
         names: their names, without the last one's, as the last has no feedback point.
 
     Raises:
-        ValueError: if no blocks are found, or no head where ``feedback_space="logits"``.
+        ValueError: if no blocks are found, or all fall into one group, or no head where ``feedback_space="logits"``.
     """
 
     def __init__(self, model: nn.Module, options: GrapeArgumentsMixin) -> None:
@@ -45,6 +45,12 @@ class FeedbackPoints:
         for inside in (True, False):  # a group of blocks does not reach from an encoder into its decoder
             stack = {name: block for name, block in found.items() if (block in self._encoder) is inside}
             named |= feedback_blocks(stack, options.blocks_per_feedback)
+        if len(named) == 1 < len(found):
+            raise ValueError(
+                f"blocks_per_feedback={options.blocks_per_feedback} puts all {len(found)} blocks of "
+                f"{type(model).__name__} into one group, and leaves no feedback point: expected at most "
+                f"{len(found) // 2}. For ordinary backpropagation say method='bp'."
+            )
         self.names, self.blocks = list(named)[:-1], list(named.values())
         if options.feedback_space == "logits":
             find_head(model)

@@ -1,4 +1,4 @@
-"""Write what the documents take from the code: the table of options in README.md, the list of tests in CONTRIBUTING.md.
+"""Write what the documents take from elsewhere: options and architectures in README.md, the tests in CONTRIBUTING.md.
 
     python recipes/documents.py            # tests/test_documents.py fails while one of them is out of date
 
@@ -55,6 +55,14 @@ def options_table() -> str:
     return "\n".join(rows)
 
 
+def architectures_table() -> str:
+    """Shorten the table that ``recipes/studies/architectures.py`` wrote to the columns that a user looks for."""
+    lines = (ROOT / "recipes/studies/architectures/table.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
+    kept = [rows[0].index(name) for name in ("model", "blocks", "JVP", "B = exact J (best matrix)", "result")]
+    return "\n".join(f"| {' | '.join(row[i] for i in kept if i < len(row))} |" for row in rows)
+
+
 def tests_list() -> str:
     """Make the list of test files and what each is about."""
     lines = []
@@ -67,6 +75,7 @@ def tests_list() -> str:
 
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "options"): options_table,
+    ("README.md", "architectures"): architectures_table,
     ("CONTRIBUTING.md", "tests"): tests_list,
 }
 

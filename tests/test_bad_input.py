@@ -236,6 +236,13 @@ def test_samples_of_another_size_where_positions_have_matrices_of_their_own(opti
     make_trainer(PLAIN, tmp_path, max_steps=2, more={"train_dataset": samples}, **options).train()
 
 
+def test_a_grouping_that_leaves_no_feedback_point_is_refused(tmp_path):
+    # GPT2 has three blocks: what is left over joins the last group, so that a group of two is all of them.
+    with refusal("blocks_per_feedback=2", "all 3 blocks of GPT2LMHeadModel", "at most 1", "method='bp'"):
+        make_trainer(GPT2, tmp_path, blocks_per_feedback=2)
+    make_trainer(GPT2, tmp_path, blocks_per_feedback=1)
+
+
 @pytest.mark.parametrize("said", [{"use_reentrant": True}, {"preserve_rng_state": False}], ids=["said", "default"])
 def test_reentrant_checkpointing_is_refused(said, tmp_path):
     options = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": said}
