@@ -6,7 +6,6 @@ What a user did wrong is said in one line on standard error, with exit status 2;
 import argparse
 import dataclasses
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,7 +152,8 @@ def make_parser(with_options: bool = True) -> argparse.ArgumentParser:
 
 def inspect(options: argparse.Namespace, _: Sequence[str]) -> None:
     """Print an inspection."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging as transformers_logging
+
     from grape_hf import GrapeArgumentsMixin
     from grape_hf.commands.models import maker
     from grape_hf.commands.report import describe
@@ -164,8 +164,13 @@ def inspect(options: argparse.Namespace, _: Sequence[str]) -> None:
     names = [field.name for field in dataclasses.fields(GrapeArgumentsMixin)]
     grape = GrapeArgumentsMixin(**{name: getattr(options, name) for name in names})
     overrides = parse_overrides("--overrides", options.overrides)
-    batch, make = maker(options.model, options.batch_size, options.sequence_length, options.image_size, overrides)
-    print(describe(inspect_model(make, grape, options.batch_size), options.model, batch))
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it says of a model that is only looked at
+    try:
+        batch, make = maker(options.model, options.batch_size, options.sequence_length, options.image_size, overrides)
+        print(describe(inspect_model(make, grape, options.batch_size), options.model, batch))
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def train(options: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -221,7 +226,6 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 
 def _grape_options() -> argparse.ArgumentParser:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import HfArgumentParser
 
     from grape_hf import GrapeArgumentsMixin

@@ -432,7 +432,7 @@ def test_the_template_is_where_the_wheel_puts_it():
     config = tomllib.loads((TOP / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     source = template_path().relative_to(TOP)
     assert config["packages"] == ["grape_hf"]
-    assert config["force-include"] == {str(source): f"grape_hf/{source}"}
+    assert config["force-include"][str(source)] == f"grape_hf/{source}"
 
 
 def test_the_cards_in_the_repository_are_cards():

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from problems import transformer
+from transformers.utils.logging import get_verbosity as verbosity
 
 from grape_hf.cards import write_card
 from grape_hf.cli import EXAMPLES, main, make_parser
@@ -112,7 +113,9 @@ class TestHelp:
 class TestInspect:
     def test_a_folder_with_a_configuration_is_enough(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         transformer("gpt2").config.save_pretrained(tmp_path)
+        before = os.environ.copy(), verbosity()
         assert main(["inspect", str(tmp_path), "--batch_size", "4", "--jvp_every", "2"]) == 0
+        assert (os.environ, verbosity()) == before  # a recipe in this process says what it has to say
         shown = capsys.readouterr().out
         assert "3 blocks, 2 feedback points" in shown
         assert "transformer.h.1  GPT2Block  4 x 8 x 16  16 x 16" in shown

@@ -307,7 +307,7 @@ class TestRecipes:
         assert "NOT WikiText-103" not in recipes.printed["words"]
         words = recipes.full.model("someone/words")
         assert words.private
-        everything = (MODEL - {"curves.png"}) | TEXT | RECORDS | {"loss.png", "sample.txt"}
+        everything = MODEL | TEXT | RECORDS | {"sample.txt"}
         assert words.files.keys() == everything | {".gitattributes"}
         assert len(words.commits) > 2
         for commit in words.commits[1:]:  # those while training too
@@ -336,7 +336,7 @@ class TestRecipes:
 
     def test_a_push_that_fails_leaves_everything_for_the_command_in_its_note(self, recipes: Recipes):
         run, sample = recipes.folder / "sample" / "run", recipes.empty.model("someone/sample")
-        everything = (MODEL - {"curves.png"}) | TEXT | RECORDS | {"loss.png", "sample.txt"}
+        everything = MODEL | TEXT | RECORDS | {"sample.txt"}
         assert {path.name for path in run.iterdir()} == everything
         assert len(sample.commits) == 1
         (note,) = (
