@@ -8,6 +8,7 @@ of what a step takes: element-wise work, the optimiser and temporary tensors are
 fused, which keeps no attention matrices.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -107,8 +108,11 @@ def inspect_model(
             f"method={options.method!r} has no feedback points to look at: expected one of {', '.join(METHODS)}."
         )
     model, batch = make("meta")
+    unlimited = dataclasses.replace(
+        options, feedback_size_limit=float("inf")
+    )  # no numbers, no memory
     try:
-        found = _inspect(model, batch, options, batch_size, "meta")
+        found = _inspect(model, batch, unlimited, batch_size, "meta")
     except RuntimeError as error:
         size = sum(p.numel() for p in model.parameters())
         if size > LARGEST_ON_CPU:
@@ -119,7 +123,7 @@ def inspect_model(
         logger.info(f"The model does not run on the meta device: {error!r}")
         found = None
     if found is not None:
-        return found
+        return dataclasses.replace(found, options=options)
     model, batch = make("cpu")
     few = {name: value[:SAMPLES_ON_CPU] for name, value in batch.items()}
     result = _inspect(model, few, options, batch_size, "cpu")

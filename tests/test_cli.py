@@ -122,6 +122,16 @@ class TestInspect:
         assert "dual numbers: the blocks hold no convolution" in shown
         assert "every 2 steps, on 1 of 4 samples" in shown
 
+    @pytest.mark.parametrize(("limit", "refused"), [("1e-6", True), ("1", False)])
+    def test_matrices_above_the_limit_are_shown_and_what_follows_is_said(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str, refused: bool
+    ):
+        transformer("gpt2").config.save_pretrained(tmp_path)
+        assert main(["inspect", str(tmp_path), "--feedback_size_limit", limit]) == 0
+        shown = capsys.readouterr().out
+        assert f"B_l together: 2.0 KiB (feedback_size_limit={float(limit):g} GiB)" in shown
+        assert ("training is refused" in shown) is refused
+
     @pytest.mark.parametrize(
         ("words", "expected"),
         [

@@ -32,7 +32,8 @@ def describe(found: Inspection, name: str, batch: str) -> str:
         "",
         f"{points + 1} blocks, {points} feedback points",
         *_table(found.boundaries),
-        f"B_l together: {_bytes(found.memory['feedback'])} (feedback_size_limit={options.feedback_size_limit:g} GiB)",
+        f"B_l together: {_bytes(found.memory['feedback'])} (feedback_size_limit={options.feedback_size_limit:g} GiB)"
+        + (": training is refused" if found.memory["feedback"] > options.feedback_size_limit * 2**30 else ""),
         "",
         "Learning B_l",
     ]
