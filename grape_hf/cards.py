@@ -1,6 +1,6 @@
 r"""Model cards for the Hub: the stock Trainer's card, with what it leaves open filled in from the run's own records.
 
-    python -m grape_hf.cards outputs/demo/grape --bp outputs/demo/bp
+    grape-hf card outputs/demo/grape --bp outputs/demo/bp
 
 ``GrapeTrainer.create_model_card`` comes here while the run is in memory, the command and ``write_card`` make the card
 of a run from its folder. The words are in ``model_cards/template.md``, a Jinja template, and those that depend on the
@@ -8,12 +8,11 @@ method in ``card_texts.py``. Results stand in the metadata too (``model-index``)
 validated by the Hub here, which would need the network: it does so when a card is pushed.
 """
 
-import argparse
 import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -359,17 +358,3 @@ def _versions(text: str) -> str:
     lines = section(text, "### Framework versions").splitlines()
     ours = [line for line in lines if line.startswith("- grape_hf ")] or [f"- grape_hf {grape_hf.__version__}"]
     return "\n".join(ours + [line for line in lines if line.startswith("- ") and line not in ours])
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Write the card of a run, or say what is missing."""
-    parser = argparse.ArgumentParser(prog="python -m grape_hf.cards", description="Write the model card of a run.")
-    parser.add_argument("run", type=Path, help="folder of the run, one you trust: its training_args.bin is a pickle")
-    parser.add_argument("--output", type=Path, help="file to write (default: README.md in the folder)")
-    parser.add_argument("--bp", type=Path, help="folder of the same run by the stock Trainer, for comparison")
-    args = parser.parse_args(argv)
-    print(write_card(args.run, args.output, args.bp))
-
-
-if __name__ == "__main__":
-    main()

@@ -108,9 +108,7 @@ def inspect_model(
             f"method={options.method!r} has no feedback points to look at: expected one of {', '.join(METHODS)}."
         )
     model, batch = make("meta")
-    unlimited = dataclasses.replace(
-        options, feedback_size_limit=float("inf")
-    )  # no numbers, no memory
+    unlimited = dataclasses.replace(options, feedback_size_limit=float("inf"))  # no numbers, no memory
     try:
         found = _inspect(model, batch, unlimited, batch_size, "meta")
     except RuntimeError as error:

@@ -23,7 +23,8 @@ from transformers import Trainer
 
 from grape_hf import GrapeArgumentsMixin, GrapeTrainer
 from grape_hf.card_texts import METHOD_TEXTS
-from grape_hf.cards import MARKER, main, render_card, template_path, write_card
+from grape_hf.cards import MARKER, render_card, template_path, write_card
+from grape_hf.cli import main
 from grape_hf.markdown import code
 from grape_hf.metrics import perplexity_from_logits, token_nll
 from grape_hf.run_records import final_results, read_record
@@ -321,7 +322,12 @@ class TestFromAFolder:
     def test_the_command(self, readme: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (readme.parent / "loss.png").write_bytes(b"a picture")
         (tmp_path / "all_results.json").write_text(json.dumps({"eval_perplexity": 7.25, "train_loss": 1.0}))
-        main([str(readme.parent), "--output", str(tmp_path / "cards" / "novelist.md"), "--bp", str(tmp_path)])
+        assert (
+            main(
+                ["card", str(readme.parent), "--output", str(tmp_path / "cards" / "novelist.md"), "--bp", str(tmp_path)]
+            )
+            == 0
+        )
         (readme.parent / "loss.png").unlink()
         written = Path(capsys.readouterr().out.strip())
         assert written == tmp_path / "cards" / "novelist.md"
