@@ -8,11 +8,15 @@ ends. Nothing here knows what a cell is.
 import fcntl
 import json
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 class Cells:
@@ -88,3 +92,46 @@ class Cells:
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         part.write_text(text, encoding="utf-8")
         part.replace(path)
+
+
+def run_recipe(
+    script: Path,
+    options: Mapping[str, Any],
+    folder: Path,
+    lock: int,
+    package: Path,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> int:
+    """Run a recipe in a process of its own; ``options.yaml`` and ``output.txt`` in its folder tell of it.
+
+    Args:
+        script: the recipe.
+        options: its options.
+        folder: of the run; made if need be.
+        lock: the cell's: if this process is killed, the cell stays taken as long as the recipe runs.
+        package: folder that holds grape_hf.
+        cwd: where it runs (default: here).
+        environment: what it sees, ``PYTHONPATH`` aside.
+
+    Returns:
+        Its exit status.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = folder / "options.yaml"
+    settings.write_text(yaml.safe_dump(dict(options), sort_keys=False), encoding="utf-8")
+    path = os.pathsep.join(filter(None, [str(package), environment.get("PYTHONPATH")]))
+    with (folder / "output.txt").open("w", encoding="utf-8") as output:
+        return subprocess.run(
+            [sys.executable, script, settings],
+            cwd=cwd,
+            env={**environment, "PYTHONPATH": path},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[lock],
+        ).returncode
+
+
+def end_of_output(folder: Path, lines: int) -> list[str]:
+    """Return the last lines that ``run_recipe`` left in ``output.txt``."""
+    return (folder / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]

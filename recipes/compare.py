@@ -13,8 +13,6 @@ does that for images).
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cells import Cells
+from cells import Cells, end_of_output, run_recipe
 
 import grape_hf
 from grape_hf.cards import write_card
 from grape_hf.run_records import figures
 
 RECIPES = Path(__file__).resolve().parent
-PACKAGE = str(Path(grape_hf.__file__).parents[1])
+PACKAGE = Path(grape_hf.__file__).parents[1]
 METHODS = ("bp", "dfa", "grape")
 _TAIL = 20  # lines of a failed run's output that are kept
 # The last of these stand in the table: what was logged, and what the column is called.
@@ -134,21 +132,9 @@ def compare(
 
 def train(script: Path, run: Run, cells: Cells, lock: int) -> None:
     """Run the recipe in a process of its own, and write down what came of it."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    settings = run.folder / "options.yaml"
-    settings.write_text(yaml.safe_dump(run.options, sort_keys=False), encoding="utf-8")
     one_device = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ  # several in one process would mean nn.DataParallel
-    with (run.folder / "output.txt").open("w", encoding="utf-8") as log:
-        code = subprocess.run(
-            [sys.executable, script, settings],
-            env=one_device | {"PYTHONPATH": os.pathsep.join(filter(None, [PACKAGE, os.environ.get("PYTHONPATH")]))},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock],  # if this process is killed, the run stays taken as long as the recipe goes on
-        ).returncode
-    if code:
-        text = (run.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
-        cells.fail(run.folder.name, "\n".join(text.splitlines()[-_TAIL:]) or f"exit status {code}")
+    if code := run_recipe(script, run.options, run.folder, lock, PACKAGE, environment=one_device):
+        cells.fail(run.folder.name, "\n".join(end_of_output(run.folder, _TAIL)) or f"exit status {code}")
         return
     results = json.loads((run.folder / "all_results.json").read_text(encoding="utf-8"))
     state = json.loads((run.folder / "trainer_state.json").read_text(encoding="utf-8"))

@@ -21,7 +21,6 @@ plot over T a method named ``grape_T5`` belongs to ``grape``.
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cells import Cells
+from cells import Cells, end_of_output, run_recipe
 from tables_report import write_report
 
 TOP = Path(__file__).resolve().parents[1]
@@ -157,30 +156,20 @@ def wanted(table: dict[str, Any], methods: list[str], cells: Cells) -> Iterator[
 def run(table: dict[str, Any], cell: Cell, cells: Cells, scratch: Path, lock: int) -> None:
     """Run one cell's recipe in a process of its own and write the cell's file, or how it failed."""
     folder = scratch / cell.name
-    folder.mkdir(parents=True, exist_ok=True)
     chosen = Cell(cell.method, cell.learning_rate, cell.seed)
     trained = cells.read(chosen.name) if cell.final else None  # the same run, without the test
     options = all_options(table, cell) | {"output_dir": str(folder)}
     reopen = trained is not None and (scratch / chosen.name / "config.json").exists()
     if reopen:
         options |= {"evaluate_only": True, "model_name_or_path": str(scratch / chosen.name)}
-    (folder / "options.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
     print(f"{time.strftime('%H:%M')} {cell.name} ...", flush=True)
-    with (folder / "output.txt").open("w") as output:
-        code = subprocess.run(
-            [sys.executable, TOP / table["recipe"], folder / "options.yaml"],
-            cwd=TOP,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(TOP), os.environ.get("PYTHONPATH")]))},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock],  # if this process is killed, the cell stays taken as long as the recipe runs
-        ).returncode
+    code = run_recipe(TOP / table["recipe"], options, folder, lock, package=TOP, cwd=TOP)
     try:
         if code:
             raise RuntimeError(f"exit status {code}")
         result = collect(table, cell, folder, trained if reopen else None)
     except (OSError, KeyError, ValueError, RuntimeError) as error:
-        tail = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
+        tail = end_of_output(folder, _TAIL)
         cells.fail(cell.name, "\n".join([f"{type(error).__name__}: {error}, {folder / 'output.txt'}:", *tail]))
         print(f"{time.strftime('%H:%M')} {cell.name} FAILED: {tail[-1] if tail else error}", flush=True)
     else:
