@@ -42,3 +42,9 @@ def without_home(path: str) -> str:
     except (ValueError, RuntimeError):  # outside of it, or there is none
         return path
     return (Path("~") / inside).as_posix()
+
+
+def name_of(source: str, config: str | None) -> tuple[str, str | None]:
+    """Return what to call a data set in cards and records, and its id on the Hub; None for a folder of the user's."""
+    name = without_home(source)
+    return f"{name} ({config})" if config else name, None if Path(source).is_dir() else source

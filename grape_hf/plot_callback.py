@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grape_hf.plots import History, Kind, alignment_table, plot_alignment, plot_curves, values_to_draw
+from grape_hf.plots import KINDS, History, alignment_table, plot_alignment, plot_curves, values_to_draw
 
 _SHARE = 0.01
 
@@ -29,8 +29,8 @@ def plot_training(history: History, folder: str | Path, name: str = "this run") 
     folder = Path(folder)
     values = values_to_draw({name: history})
     written = [plot_curves({name: history}, folder / "curves.png", values)] if values else []
-    kinds: tuple[Kind, ...] = ("estimate", "exact")  # without estimates the exact one may have been measured
-    if kind := next((kind for kind in kinds if alignment_table(history, kind)[1]), None):
+    # Without estimates the exact alignment may have been measured.
+    if kind := next((kind for kind in KINDS if alignment_table(history, kind)[1]), None):
         written.append(plot_alignment(history, folder / "alignment.png", kind))
     return written
 

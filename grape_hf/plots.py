@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from grape_hf.log_names import PREFIX, current_names
 
 History = Sequence[Mapping[str, Any]]
 Kind = Literal["estimate", "exact"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
 _STYLES = ("-", "--", "-.", ":")
@@ -214,8 +215,7 @@ Map = tuple[str, History, Kind]
 
 
 def _maps(runs: Mapping[str, History]) -> list[Map]:
-    kinds: tuple[Kind, ...] = ("estimate", "exact")
-    return [(name, history, kind) for name, history in runs.items() for kind in kinds if _aligned(history, kind)]
+    return [(name, history, kind) for name, history in runs.items() for kind in KINDS if _aligned(history, kind)]
 
 
 def _draw_maps(panels: Sequence[Axes], maps: Sequence[Map]) -> None:

@@ -91,9 +91,8 @@ def load_text(
     else:
         source = dataset_name or WIKITEXT[0]
         config = dataset_config or (None if dataset_name else WIKITEXT[1])
-        name = f"{hub.without_home(source)} ({config})" if config else hub.without_home(source)
+        name, hub_id = hub.name_of(source, config)
         splits = _load_named(source, config, streaming)
-        hub_id = None if Path(source).is_dir() else source
     train, validation = _with_validation(splits, name, streaming, validation_rows)
     for split, rows in (("training", train), ("validation", validation)):
         _check_text(rows, text_column, f"the {split} split of {name}")

@@ -121,9 +121,8 @@ def load_images(
     else:
         source = dataset_name or CIFAR100[0]
         label_column = label_column or (None if dataset_name else CIFAR100[1])
-        name = f"{hub.without_home(source)} ({dataset_config})" if dataset_config else hub.without_home(source)
+        name, hub_id = hub.name_of(source, dataset_config)
         splits = _load_named(source, dataset_config)
-        hub_id = None if Path(source).is_dir() else source
     wanted = ["train", *(["validation"] if "validation" in splits else []), *(["test"] if with_test else [])]
     if missing := [split for split in wanted if split not in splits]:
         raise ValueError(f"{name} has no split {missing[0]!r}, only {', '.join(splits)}. Use a data set that has one.")
