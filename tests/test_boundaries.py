@@ -302,13 +302,25 @@ def test_no_activation_outlives_the_step():
         assert not [ref for ref in refs if ref() is not None]
 
 
-def test_blocks_that_run_twice_before_the_output_are_refused():
-    class Twice(Stack):
-        def forward(self, x: Tensor) -> Tensor:
-            for block in [*self.blocks, *self.blocks]:
-                x = block(x)
-            return self.head(x)
+class Twice(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in [*self.blocks, *self.blocks]:
+            x = block(x)
+        return self.head(x)
 
+
+def test_a_chain_that_runs_twice_in_hidden_space_is_refused():
+    model = Twice(3)
+    boundaries = Boundaries(model.blocks)  # y, the last block's output, is reached in between
+    with (
+        boundaries.attached(),
+        pytest.raises(RuntimeError, match="ran again on what the last block had made"),
+        boundaries.broadcast([torch.eye(5)] * 2),
+    ):
+        model(torch.randn(2, 7, 5))
+
+
+def test_blocks_that_run_twice_before_the_output_are_refused():
     model = Twice(3)
     boundaries = Boundaries(model.blocks, output=model.head)
     with (
