@@ -236,6 +236,22 @@ def test_samples_of_another_size_where_positions_have_matrices_of_their_own(opti
     make_trainer(PLAIN, tmp_path, max_steps=2, more={"train_dataset": samples}, **options).train()
 
 
+class Ends(PlainLanguageModel):
+    """Blocks 2 and 3 are left out, and with them y."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.readout(self.blocks[0](self.stem(input_ids)))
+        return {"loss": self.loss(logits, input_ids if labels is None else labels), "logits": logits}
+
+
+def test_blocks_that_are_left_out_are_named_where_y_is_not_reached(tmp_path):
+    problem = Problem("ends", Ends, PLAIN.draw)
+    trainer = make_trainer(problem, tmp_path, feedback_space="hidden")
+    with refusal("expected blocks 1 to", "run once each and in order", "in the order [1]", kind=RuntimeError):
+        trainer.train()
+    untrained(trainer, problem)
+
+
 def test_a_grouping_that_leaves_no_feedback_point_is_refused(tmp_path):
     # GPT2 has three blocks: what is left over joins the last group, so that a group of two is all of them.
     with refusal("blocks_per_feedback=2", "all 3 blocks of GPT2LMHeadModel", "at most 1", "method='bp'"):

@@ -93,3 +93,13 @@ def test_looking_changes_nothing():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     find_blocks(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_stands_before_the_first_weights_of_a_plain_stack_belongs_to_its_first_block():
+    stack = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    units = list(find_blocks(nn.Sequential(stack, nn.Linear(2, 2)), "0").values())
+    assert [[type(part).__name__ for part in unit] for unit in units] == [
+        ["Flatten", "Linear", "ReLU"],
+        ["Linear", "ReLU"],
+        ["Linear"],
+    ]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from example_scripts import EXAMPLES, LINE, LINE_WITH_OPTIONS, Outcome, differences, logged, patch, report
+from example_scripts import EXAMPLES, LINE, LINE_WITH_OPTIONS, Outcome, differences, failures, logged, patch, report
 from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
 
@@ -98,3 +98,12 @@ def test_a_check_that_fails_shows_in_the_table():
     text = report([Outcome("run_glue", figures, figures, (False, True), {"card": True, "options": False})], 20, 60.0)
     assert "| run_glue | no | yes | yes | no |" in text
     assert "| run_glue | eval_loss | 2 | 2 |" in text
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("stock", [True, False])
+@pytest.mark.parametrize("card", [True, False])
+def test_what_fails(ours, stock, card):
+    outcome = Outcome("run_glue", {}, {}, (ours, stock), {"card": card})
+    expected = [] if card else ["run_glue: card"]
+    assert failures([outcome]) == expected + (["run_glue: resumes"] if stock and not ours else [])

@@ -26,7 +26,7 @@ from PIL import Image as Picture
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from grape_hf import GrapeTrainer
-from grape_hf.hub import without_home
+from grape_hf.hub import name_of, without_home
 from grape_hf.pushes import HubToken
 
 TOP = Path(__file__).parents[1]
@@ -396,3 +396,9 @@ class TestATokenAmongTheArguments:
 def test_names_of_data_do_not_tell_the_home(monkeypatch: pytest.MonkeyPatch, path: str, shown: str):
     monkeypatch.setenv("HOME", "/home/jane")
     assert without_home(path) == shown
+
+
+def test_a_folder_given_as_a_data_set_has_no_id_on_the_hub(tmp_path: Path):
+    assert name_of("someone/novels", None) == ("someone/novels", "someone/novels")
+    assert name_of("someone/novels", "short") == ("someone/novels (short)", "someone/novels")
+    assert name_of(str(tmp_path), None) == (str(tmp_path), None)

@@ -217,6 +217,18 @@ def test_a_truncated_feedback_file_is_refused(size, tmp_path):
         refused(tmp_path / "resumed", saved, **LEARNED)
 
 
+def test_learned_feedback_may_be_resumed_frozen(tmp_path):
+    """``dfa`` starts at identities, which need no product; what it reads from a checkpoint are others."""
+    saved = stopped(GPT2, tmp_path / "straight", max_steps=10, **LEARNED)
+    frozen = train(GPT2, tmp_path / "frozen", max_steps=15, resume=saved, method="dfa")
+    unmoved = train(GPT2, tmp_path / "unmoved", max_steps=15, resume=saved, **LEARNED | {"feedback_lr": 0.0})
+    assert differ(
+        {str(i): b for i, b in enumerate(frozen.feedback)},
+        {str(i): torch.eye(len(b)) for i, b in enumerate(frozen.feedback)},
+    )
+    assert_same(weights(frozen), weights(unmoved))
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "{}"], ids=["missing", "empty", "cut", "other"])
 def test_a_broken_state_file_is_refused(content, tmp_path):
     saved = stopped(DEEP, tmp_path / "straight", max_steps=10, **LEARNED)

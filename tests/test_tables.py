@@ -124,6 +124,25 @@ class TestFilling:
             "disable_tqdm": True,
         }
 
+    def test_a_run_whose_launcher_was_killed_keeps_its_cell_until_it_ends(self, table: Table):
+        gate = table.folder / "gate"
+        table.settings["methods"] = {"bp": {"method": "bp", "wait": str(gate)}}
+        first = table.start()
+        table.wait_for(f"{ALL[0]} trained")
+        os.kill(first.pid, signal.SIGKILL)  # the launcher alone: its recipe goes on waiting
+        first.wait(timeout=60)
+        assert first.stdout is not None
+        first.stdout.close()
+        second = table.start()
+        try:
+            table.wait_for(f"{ALL[1]} trained")
+            assert table.log().count(f"{ALL[0]} trained") == 1
+        finally:
+            gate.touch()
+        assert second.communicate(timeout=120)[0] is not None
+        assert second.returncode == 0
+        assert table.log().count(f"{ALL[0]} trained") == 2  # nobody was left to write down what came of it
+
     def test_the_report(self, table: Table):
         table.run()
         rows = list(csv.DictReader((table.folder / "results" / "table.csv").read_text().splitlines()))

@@ -25,12 +25,12 @@ def choices(name: str) -> tuple[str, ...]:
 
 CHOICES = [(name, value) for name in FIELDS for value in choices(name)]
 NUMBERS = {
-    "blocks_per_feedback": (int, [0, 1.5]),
-    "feedback_lr": (float, [-0.1]),
+    "blocks_per_feedback": (int, [0, 1.5, float("inf")]),
+    "feedback_lr": (float, [-0.1, float("inf"), float("nan")]),
     "feedback_size_limit": (float, [-1]),
     "jvp_fraction": (float, [0, 1.5]),
     "jvp_every": (int, [0, 2.5]),
-    "calibration_interval": (float, [0, -1]),
+    "calibration_interval": (float, [0, -1, float("inf")]),
     "calibration_threshold": (float, [-1.5, 2]),
     "calibration_cooldown": (int, [0]),
     "alignment_steps": (int, [-1, 0.5]),

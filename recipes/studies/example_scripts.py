@@ -1,7 +1,7 @@
 r"""Do the stock example scripts of transformers train with GrAPE by one line more?
 
     git clone --depth 1 https://github.com/huggingface/transformers        # anywhere outside this project
-    OMP_NUM_THREADS=1 python recipes/studies/example_scripts.py path/of/transformers  # 25 minutes, no network
+    OMP_NUM_THREADS=1 python recipes/studies/example_scripts.py path/of/transformers  # 7 minutes, no network
     OMP_NUM_THREADS=1 python recipes/studies/example_scripts.py path/of/transformers --only run_clm --steps 20
 
 Of each script a copy is made in the output folder, with one line after its imports: ``LINE``, and a second copy with
@@ -16,8 +16,7 @@ Texts are Python's own documentation, images stripes and checks, models are tiny
 the figures say that the scripts run and learn, not how well GrAPE does. The scripts ask the Hub for the metric
 ``accuracy``; they find ours, by the name of a folder where they are started.
 
-Leaves ``table.md`` in the output folder. Fails if a script fails or a check does not hold. The table in
-recipes/studies/example_scripts is put together of two of these, as it says.
+Leaves ``table.md`` in the output folder. Fails if a script fails or a check does not hold.
 """
 
 import argparse
@@ -88,11 +87,14 @@ def main() -> None:
     text = report(outcomes, args.steps, time.time() - started)
     (output / "table.md").write_text(text, encoding="utf-8")
     print(text)
-    failed = [f"{o.script}: {check}" for o in outcomes for check, holds in o.checks.items() if not holds]
-    # Where the stock Trainer does not resume bit for bit neither need we.
-    failed += [f"{o.script}: resumes" for o in outcomes if o.resumes == (False, True)]
-    if failed:
+    if failed := failures(outcomes):
         raise SystemExit("These do not hold:\n" + "\n".join(failed))
+
+
+def failures(outcomes: list[Outcome]) -> list[str]:
+    """List what does not hold; where the stock Trainer does not resume bit for bit neither need we."""
+    checks = [f"{o.script}: {check}" for o in outcomes for check, holds in o.checks.items() if not holds]
+    return checks + [f"{o.script}: resumes" for o in outcomes if o.resumes == (False, True)]
 
 
 def try_script(name: str, checkout: Path, folder: Path, steps: int) -> Outcome:
