@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from grape_hf.boundaries import Boundaries, own_mask
 from grape_hf.isolation import full_precision
@@ -193,12 +193,15 @@ def jacobian_terms(
     for group in groups:
         injected: dict[int, _Injected] = {}
 
-        def inject(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
+        def inject(
+            index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict, rounded: bool = False
+        ) -> Tensor | None:
             if index not in group:  # noqa: B023  both are of the pass under way
                 return None
             if spaces[index] == "weight":
                 with boundaries.off():
-                    v, a = _weight_tangent(h, block, args, kwargs, noise.weights(index, block), mode, layout)
+                    p = noise.weights(index, block)
+                    v, a = _weight_tangent(h, block, args, kwargs, p, mode, layout, rounded)
             else:
                 v, a = _activation_tangent(h, noise, index, layout)
             padding = own_mask(mask, index, boundaries.pooled)
@@ -238,7 +241,7 @@ def _over_targets(q: Tensor, a: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     return (q * targets[..., None].to(q)).sum(1, keepdim=True) / number.clamp(min=1), a * (number > 0)
 
 
-Inject = Callable[[int, Tensor, nn.Module, tuple, dict], Tensor | None]
+Inject = Callable[..., Tensor | None]  # (index, h, block, args, kwargs, whether the block ran in half precision)
 
 
 def _activation_tangent(h: Tensor, noise: Noise, index: int, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -249,7 +252,14 @@ def _activation_tangent(h: Tensor, noise: Noise, index: int, layout: Layout) -> 
 
 
 def _weight_tangent(
-    h: Tensor, block: nn.Module, args: tuple, kwargs: dict, p: dict[str, Tensor], mode: JvpMode, layout: Layout
+    h: Tensor,
+    block: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    p: dict[str, Tensor],
+    mode: JvpMode,
+    layout: Layout,
+    rounded: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return u = (dh/dW) p_W, scaled by c to the size of h, and u / c. The block's inputs are held fixed."""
     weights: dict[str, Tensor] = dict(block.named_parameters())
@@ -265,8 +275,7 @@ def _weight_tangent(
         )
         eps = _STEP[h.dtype] * size.sqrt()
         perturbed = {name: w + eps * p[name] for name, w in weights.items()}
-        half = [t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dtype in _HALF]
-        if half:  # block 1 ran under autocast, before the hook at its output left it
+        if rounded:  # block 1 ran under autocast, before the hook at its output left it
             args, kwargs = tree_map(lambda t: _float(t, h.dtype), (args, kwargs))
             h = _hidden(functional_call(block, weights, args, kwargs))
         u = (_hidden(functional_call(block, perturbed, args, kwargs)) - h) / eps
@@ -381,7 +390,8 @@ def _difference_runner(boundaries: Boundaries, forward: Callable[[], object]) ->
         def perturb(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
             torch.set_grad_enabled(False)
             h = h.detach()
-            if torch.is_autocast_enabled(device_type):
+            rounded = torch.is_autocast_enabled(device_type)
+            if rounded:
                 # A difference of 1e-4 is below bf16's resolution. The model enters its own autocast (accelerate puts
                 # it into `forward`), so it can only be left from within; the context below puts the state back.
                 torch.set_autocast_enabled(device_type, False)
@@ -391,7 +401,7 @@ def _difference_runner(boundaries: Boundaries, forward: Callable[[], object]) ->
                     f"finite differences need activations in float32 or float64, got {h.dtype}. "
                     'Use jvp_mode="dual", or load the model in float32 and train with bf16=True.'
                 )
-            v = None if inject is None else inject(index, h, block, args, kwargs)
+            v = None if inject is None else inject(index, h, block, args, kwargs, rounded)
             return h if v is None else h + _STEP[h.dtype] * v
 
         with (
