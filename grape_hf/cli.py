@@ -25,7 +25,7 @@ examples:
   grape-hf inspect openai-community/gpt2 --batch_size 16         a model on the Hub: its configuration alone is read
   grape-hf inspect type:llama --overrides num_hidden_layers=8    a kind of transformers model, with its default sizes
   grape-hf inspect timm:resnet18 --grape_preset convnet          a timm architecture
-  grape-hf inspect type:gpt2 --blocks_per_feedback 3             any option of GrAPE: what would it change?
+  grape-hf inspect type:gpt2 --feedback_points 3                 any option of GrAPE: what would it change?
 """,
     "train": """\
 Further options go over those of the file. In several processes:

@@ -231,7 +231,7 @@ class Feedback:
         if saved != list(blocks) or shapes != expected:
             raise ValueError(
                 f"{path} is of another model or grouping: expected matrices {expected} at {list(blocks)}, found "
-                f"{shapes} at {saved}. Resume with the model and options (blocks, blocks_per_feedback, feedback_space) "
+                f"{shapes} at {saved}. Resume with the model and options (blocks, feedback_points, feedback_space) "
                 "of the run that wrote it."
             )
         self.B = [t.to(b) for t, b in zip(tensors, self.B, strict=True)]

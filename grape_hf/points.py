@@ -29,11 +29,12 @@ class FeedbackPoints:
         options: GrAPE's options.
 
     Attributes:
-        blocks: f_1 .. f_L; where several blocks share a feedback point, the last of each group.
+        blocks: f_1 .. f_L; where there are fewer feedback points than blocks, the last block before each.
         names: their names, without the last one's, as the last has no feedback point.
 
     Raises:
-        ValueError: if no blocks are found, or all fall into one group, or no head where ``feedback_space="logits"``.
+        ValueError: if no blocks are found, or too few for ``feedback_points``, or no head where
+            ``feedback_space="logits"``.
     """
 
     def __init__(self, model: nn.Module, options: GrapeArgumentsMixin) -> None:
@@ -42,15 +43,9 @@ class FeedbackPoints:
         encoder = find_encoder(model)
         self._encoder = set() if encoder is None else set(encoder.modules())
         named: dict[str, nn.Module] = {}
-        for inside in (True, False):  # a group of blocks does not reach from an encoder into its decoder
+        for inside in (True, False):  # no unit between two points reaches from an encoder into its decoder
             stack = {name: block for name, block in found.items() if (block in self._encoder) is inside}
-            named |= feedback_blocks(stack, options.blocks_per_feedback)
-        if len(named) == 1 < len(found):
-            raise ValueError(
-                f"blocks_per_feedback={options.blocks_per_feedback} puts all {len(found)} blocks of "
-                f"{type(model).__name__} into one group, and leaves no feedback point: expected at most "
-                f"{len(found) // 2}. For ordinary backpropagation say method='bp'."
-            )
+            named |= feedback_blocks(stack, options.feedback_points or 0)
         self.names, self.blocks = list(named)[:-1], list(named.values())
         if options.feedback_space == "logits":
             find_head(model)
@@ -155,7 +150,7 @@ class FeedbackPoints:
         raise ValueError(
             f"the feedback matrices would take {size:.3g} GiB, more than feedback_size_limit={limit} allows; the "
             f"largest, at {self.names[largest]}, is {h:,} x {shapes.n_y:,}. Share one matrix among the positions "
-            'of a map (feedback_sharing="position" or "grid"), use fewer feedback points (blocks_per_feedback), '
+            'of a map (feedback_sharing="position" or "grid"), use fewer feedback points (feedback_points), '
             'measure the error where it has fewer numbers (feedback_space="logits" for few classes), or raise the '
             "limit."
         )
@@ -167,11 +162,18 @@ class FeedbackPoints:
         return {index for index, block in enumerate(self.blocks[:-1]) if block in self._encoder}
 
 
-def feedback_blocks(blocks: dict[str, nn.Module], per_feedback: int) -> dict[str, nn.Module]:
-    """Keep the blocks at whose outputs errors arrive: every ``per_feedback``-th, and the last."""
-    last = len(blocks) - 1
-    return {
-        name: block
-        for i, (name, block) in enumerate(blocks.items())
-        if i == last or ((i + 1) % per_feedback == 0 and last - i >= per_feedback)
-    }
+def feedback_blocks(blocks: dict[str, nn.Module], points: int) -> dict[str, nn.Module]:
+    """Keep the blocks at whose outputs errors arrive, evenly spaced, and the last; all of them for ``points=0``.
+
+    Raises:
+        ValueError: if there are fewer blocks than that many points need.
+    """
+    total, items = len(blocks), list(blocks.items())
+    if points == 0 or total <= 1:
+        return blocks
+    if points >= total:
+        raise ValueError(
+            f"feedback_points={points}: {items[0][0]} to {items[-1][0]} are {total} blocks, with room for a feedback "
+            f"point between two of them: expected at most {total - 1}, or 0 for one after every block."
+        )
+    return dict(items[j * total // (points + 1) - 1] for j in range(1, points + 2))

@@ -16,6 +16,7 @@ from grape_hf.baselines import BASELINES, dkp, fdfa
 
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
+        "feedback_points": 0,
         "feedback_space": "auto",
         "feedback_sharing": "auto",
         "feedback_init": "auto",
@@ -32,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "calibration_refit": False,
     },
     "paper": {
+        "feedback_points": 0,
         "feedback_space": "auto",
         "feedback_sharing": "auto",
         "feedback_init": "gaussian",
@@ -108,12 +110,10 @@ class GrapeArgumentsMixin:
             "list of modules stands for its items. Found automatically by default."
         },
     )
-    blocks_per_feedback: int = field(
-        default=1,
-        metadata={
-            "help": "How many consecutive blocks share one feedback point and backpropagate among themselves. Paper "
-            "and recommended: 1."
-        },
+    feedback_points: int | None = _option(
+        "feedback_points",
+        "How many feedback points, evenly spaced; the blocks between two of them backpropagate among themselves. 0: "
+        "one after every block but the last. In an encoder-decoder, so many in each, and one where the two meet.",
     )
     feedback_space: Literal["auto", "hidden", "logits"] | None = _option(
         "feedback_space",
@@ -254,7 +254,7 @@ class GrapeArgumentsMixin:
 
     def _check_numbers(self) -> None:
         ranges: dict[str, tuple[type, float, float]] = {
-            "blocks_per_feedback": (int, 1, float("inf")),
+            "feedback_points": (int, 0, float("inf")),
             "feedback_lr": (float, 0, float("inf")),
             "feedback_size_limit": (float, 0, float("inf")),
             "jvp_fraction": (float, 1e-9, 1),

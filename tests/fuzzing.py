@@ -174,7 +174,7 @@ def changed_samples(draw: Any) -> tuple[str, int, Callable[[Samples], Samples]]:
 HINTS = get_type_hints(GrapeArgumentsMixin)
 OPTIONS = [option.name for option in dataclasses.fields(GrapeArgumentsMixin)]
 PROPER: dict[str, list[Any]] = {
-    "blocks_per_feedback": [1, 2, 3, 100],
+    "feedback_points": [0, 1, 2, 100],
     "feedback_lr": [0, 0.02, "1e-3", 0.5, 1, 10],
     "feedback_size_limit": [0, 1e-5, 2.0, float("inf")],
     "jvp_fraction": [1e-9, 0.25, 1],

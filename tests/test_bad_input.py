@@ -252,11 +252,10 @@ def test_blocks_that_are_left_out_are_named_where_y_is_not_reached(tmp_path):
     untrained(trainer, problem)
 
 
-def test_a_grouping_that_leaves_no_feedback_point_is_refused(tmp_path):
-    # GPT2 has three blocks: what is left over joins the last group, so that a group of two is all of them.
-    with refusal("blocks_per_feedback=2", "all 3 blocks of GPT2LMHeadModel", "at most 1", "method='bp'"):
-        make_trainer(GPT2, tmp_path, blocks_per_feedback=2)
-    make_trainer(GPT2, tmp_path, blocks_per_feedback=1)
+def test_more_feedback_points_than_there_is_room_for_are_refused(tmp_path):
+    with refusal("feedback_points=3", "transformer.h.0 to transformer.h.2 are 3 blocks", "at most 2"):
+        make_trainer(GPT2, tmp_path, feedback_points=3)
+    make_trainer(GPT2, tmp_path, feedback_points=2)
 
 
 @pytest.mark.parametrize("said", [{"use_reentrant": True}, {"preserve_rng_state": False}], ids=["said", "default"])

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from grape_hf.blocks import find_blocks, find_head
+from grape_hf.points import feedback_blocks
 
 TINY = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=99)
 
@@ -103,3 +104,14 @@ def test_what_stands_before_the_first_weights_of_a_plain_stack_belongs_to_its_fi
         ["Linear", "ReLU"],
         ["Linear"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "points", "ends"),
+    [(9, 0, range(1, 10)), (9, 1, (4, 9)), (9, 2, (3, 6, 9)), (9, 8, range(1, 10)), (3, 1, (1, 3)), (1, 1, (1,))],
+)
+def test_feedback_points_are_evenly_spaced(blocks, points, ends):
+    named = {f"h_{i}": nn.Identity() for i in range(1, blocks + 1)}
+    kept = feedback_blocks(named, points)
+    assert list(kept) == [f"h_{end}" for end in ends]
+    assert all(block is named[name] for name, block in kept.items())

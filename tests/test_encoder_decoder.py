@@ -277,9 +277,9 @@ def test_which_blocks():
         f"decoder.block.{i}" for i in range(3)
     ]
     assert find_encoder(model) is model.encoder
-    run = started(model, batch, blocks_per_feedback=2)
-    assert run.block_names == ["encoder.block.1"]  # and y at decoder.block.2: no group reaches over
-    assert run.boundaries.pooled == {0}
+    run = started(model, batch, feedback_points=1)  # in each of the two, and one where they meet
+    assert run.block_names == ["encoder.block.0", "encoder.block.1", "decoder.block.0"]
+    assert run.boundaries.pooled == {0, 1}
     run.close()
     decoder = started(model, batch, blocks="decoder.block")
     assert decoder.block_names == ["decoder.block.0", "decoder.block.1"]

@@ -162,7 +162,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="stock Trainer"):
         feedback.load(path, ["h.0"])
     feedback.save(path, ["h.0"])
-    with pytest.raises(ValueError, match=r"other_h.*blocks_per_feedback|blocks_per_feedback"):
+    with pytest.raises(ValueError, match=r"other_h.*feedback_points|feedback_points"):
         feedback.load(path, ["other_h.0"])
     with pytest.raises(ValueError, match=r"\(6, 4\).*|expected matrices"):
         Feedback([torch.randn(7, 4)]).load(path, ["h.0"])

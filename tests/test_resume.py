@@ -246,7 +246,7 @@ def test_a_broken_state_file_is_refused(content, tmp_path):
     "other",
     [
         pytest.param({"blocks": "blocks.1,blocks.2"}, id="other-blocks"),
-        pytest.param({"blocks_per_feedback": 2}, id="other-grouping"),
+        pytest.param({"feedback_points": 1}, id="other-grouping"),
         pytest.param({"feedback_space": "logits", "feedback_init": "gaussian"}, id="other-space"),
     ],
 )

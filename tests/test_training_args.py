@@ -25,7 +25,7 @@ def choices(name: str) -> tuple[str, ...]:
 
 CHOICES = [(name, value) for name in FIELDS for value in choices(name)]
 NUMBERS = {
-    "blocks_per_feedback": (int, [0, 1.5, float("inf")]),
+    "feedback_points": (int, [-1, 1.5, float("inf")]),
     "feedback_lr": (float, [-0.1, float("inf"), float("nan")]),
     "feedback_size_limit": (float, [-1]),
     "jvp_fraction": (float, [0, 1.5]),

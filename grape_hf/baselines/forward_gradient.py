@@ -61,7 +61,7 @@ class ForwardGradient:
         self.model, self.seed = model, seed
         self.boundaries: Boundaries | None = None
         if options.perturbation_space == "activation":
-            blocks = feedback_blocks(find_blocks(model, options.blocks), options.blocks_per_feedback)
+            blocks = feedback_blocks(find_blocks(model, options.blocks), options.feedback_points or 0)
             if len(blocks) == 1:
                 raise ValueError(
                     f'method="forward_gradient" perturbs what lies between blocks, and {type(model).__name__} has one '
