@@ -63,7 +63,7 @@ class TestGrapeRun:
 
     def test_alignment_and_curves_are_there(self, grape_run: tuple[Path, str]):
         history = json.loads((grape_run[0] / "alignment.json").read_text())
-        assert all(-1 <= entry["grape/alignment/estimate/h_3"] <= 1 for entry in history)
+        assert all(-1 <= entry["grape/alignment/estimate/h_1"] <= 1 for entry in history)
         assert any("grape/alignment/exact/mean" in entry for entry in history)
         assert history[-1]["grape/calibration/steps"] == 4
         for picture in ("alignment.png", "curves.png"):

@@ -210,3 +210,12 @@ def test_a_class_that_mixes_the_options_in_takes_all_arguments(kind, tmp_path):
     assert kind(**args.to_dict()).to_dict() == args.to_dict()
     (parsed,) = HfArgumentParser(kind).parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--more", "5"])
     assert (parsed.method, parsed.more) == ("grape", 5)
+
+
+def test_frozen_feedback_never_starts_from_zero_unless_told_to(tmp_path):
+    def started(**options: Any) -> str | None:
+        return from_keywords(tmp_path, grape_preset="convnet", **options).feedback_init
+
+    assert started() == "zero"
+    assert started(method="dfa") == "gaussian"
+    assert started(method="dfa", feedback_init="zero") == "zero"
