@@ -238,9 +238,8 @@ class GrapeArgumentsMixin:
         """Fill in the preset, refuse what cannot work, and go on with the arguments mixed with."""
         self._check_choices()
         implied = PRESETS[self.grape_preset] | METHOD_OPTIONS.get(self.method, {})
-        if (
-            self.method == "dfa" and implied["feedback_init"] == "zero"
-        ):  # frozen at zero, it would be no feedback at all
+        # Frozen at zero, it would be no feedback at all.
+        if self.method == "dfa" and implied["feedback_init"] == "zero":
             implied["feedback_init"] = "gaussian"
         for name, value in implied.items():
             if getattr(self, name) is None:

@@ -13,12 +13,12 @@ all: E[J^T e] is not E[J^T] e. Batch norms use the statistics of the batch, as i
 """
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification
 
 import grape_hf.vision  # noqa: F401  timm finds our networks
@@ -26,7 +26,7 @@ from grape_hf.blocks import find_blocks, find_head
 from grape_hf.boundaries import Boundaries
 from grape_hf.feedback import exact_pair, refit
 from grape_hf.layout import Layout
-from grape_hf.vision.data import mean_and_std
+from grape_hf.vision.data import Images, mean_and_std
 from grape_hf.vision.sources import Split, load_images
 
 BATCH = 128
@@ -64,12 +64,10 @@ def main() -> None:
     (options.model / "feedback_ceiling.md").write_text(text + "\n", encoding="utf-8")
 
 
-def batches(split: Split, images: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pixels, normalised by their own mean and deviation, and labels, without augmentation."""
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in mean_and_std(split.pixels))
-    for start in range(0, min(images, len(split)) - BATCH + 1, BATCH):
-        rows = slice(start, start + BATCH)
-        yield (split.pixels[rows] / 255 - mean) / std, split.labels[rows]
+def batches(split: Split, images: int) -> DataLoader:
+    """Load the first images in whole batches, without augmentation."""
+    chosen = Images(split.pixels[:images], split.labels[:images], *mean_and_std(split.pixels))
+    return DataLoader(chosen, BATCH, drop_last=True, collate_fn=Images.collate)  # type: ignore[arg-type]
 
 
 def exact_deltas(
@@ -77,12 +75,13 @@ def exact_deltas(
 ) -> tuple[Tensor, list[Tensor], list[torch.Size]]:
     """Return e, ``(N, n_y)``, delta_l, ``(N, n_l)``, by ordinary backpropagation, and the shapes of one image's h_l."""
     pairs: list[list[tuple[Tensor, Tensor]]] = []
-    for pixels, labels in batches(split, images):
+    for batch in batches(split, images):
         with boundaries.attached(), boundaries.record() as forwards:
-            model(pixel_values=pixels, labels=labels).loss.backward()
+            model(**batch).loss.backward()
         (forward,) = forwards
-        pairs.append([exact_pair(forward, index) for index in range(len(boundaries.blocks) - 1)])
-        shapes = [h.shape[1:] for h in map(forward.h.__getitem__, range(len(pairs[-1])))]
+        indices = range(len(boundaries.blocks) - 1)
+        pairs.append([exact_pair(forward, index) for index in indices])
+        shapes = [forward.h[index].shape[1:] for index in indices]
         model.zero_grad()
     e = torch.cat([batch[0][0].squeeze(1) for batch in pairs])
     return e, [torch.cat([delta.squeeze(1) for _, delta in point]) for point in zip(*pairs, strict=True)], shapes
@@ -92,14 +91,14 @@ def mean_jacobians(model: nn.Module, boundaries: Boundaries, split: Split, image
     """Return E[J_l^T], ``(n_l, n_y)``, over images, with what one does to others through batch norms."""
     sums: list[Tensor] = []
     total = 0
-    for pixels, _ in batches(split, images):
+    for batch in batches(split, images):
         with boundaries.attached(), boundaries.record() as forwards:
-            y = model(pixel_values=pixels).logits.sum(0)
+            y = model(pixel_values=batch["pixel_values"]).logits.sum(0)
         h = [forwards[0].h[index] for index in range(len(boundaries.blocks) - 1)]
         columns = [torch.autograd.grad(number, h, retain_graph=True) for number in y]
         found = [torch.stack([FLAT.vectors(g).sum((0, 1)) for g in point], 1) for point in zip(*columns, strict=True)]
         sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
-        total += len(pixels)
+        total += len(batch["labels"])
     return [s / total for s in sums]
 
 
