@@ -12,6 +12,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -275,7 +276,20 @@ def _shape(output: object) -> tuple[int, ...]:
     return tuple(hidden.shape)
 
 
+def _convolution_backward(grad: list[int], x: list[int], w: list[int], *others: Any, **_: Any) -> int:
+    """Count the two gradients of a convolution, each as much as its forward, of those that are asked for.
+
+    torch's own formula (2.14) leaves out the groups, and so counts the weights' gradient of a depthwise convolution
+    once too often for each channel (https://github.com/pytorch/pytorch/pull/183405); until that is out.
+    """
+    transposed, mask = others[4], others[7]
+    places = prod((x if transposed else grad)[2:])
+    return sum(mask[:2]) * 2 * x[0] * places * prod(w)
+
+
 def _flops(act: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward}
+    ) as counter:
         act()
     return counter.get_total_flops()

@@ -61,6 +61,25 @@ def test_without_numbers_it_counts_what_it_counts_with_them():
     assert meta.memory["activations"] == pytest.approx(cpu.memory["activations"], rel=0.05)  # masks of dropout
 
 
+@pytest.mark.parametrize(
+    ("convolution", "shape"),
+    [
+        (nn.Conv2d(8, 8, 3, groups=8), (2, 8, 10, 10)),
+        (nn.Conv2d(8, 16, 3, stride=2, groups=2), (2, 8, 10, 10)),
+        (nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2), (2, 8, 5, 5)),
+        (nn.Conv1d(4, 4, 3), (2, 4, 9)),
+    ],
+)
+def test_each_gradient_of_a_convolution_costs_its_forward_whatever_the_groups(convolution, shape):
+    x = torch.randn(shape, requires_grad=True)
+    y = convolution(x)
+    places = (x if isinstance(convolution, nn.ConvTranspose2d) else y)[:, 0].numel()
+    forward = 2 * places * convolution.weight.numel()
+    assert inspection._flops(lambda: convolution(x)) == forward
+    assert inspection._flops(lambda: convolution(x).sum().backward()) == 3 * forward
+    assert inspection._flops(lambda: convolution(x.detach()).sum().backward()) == 2 * forward
+
+
 def test_memory_is_near_what_the_trainers_tensors_take_at_most(tmp_path):
     found = look(DEEP.build, LONG)
     delta, matrices = 4 * BATCH * LONG * WIDTH, 4 * (DEPTH - 1) * WIDTH * WIDTH
