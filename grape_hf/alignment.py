@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from grape_hf.boundaries import Boundaries, Forward, own_mask, project_error
+from grape_hf.boundaries import Boundaries
 from grape_hf.feedback import exact_pair
+from grape_hf.modes import Forward
+from grape_hf.star import own_mask, project_error
 
 
 def frobenius_cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grape_hf.boundaries import Forward
 from grape_hf.guard import FiniteGuard
 from grape_hf.jacobian import JacobianSum
 from grape_hf.layout import align_positions
+from grape_hf.modes import Forward
 
 FeedbackInit = Literal["identity", "gaussian", "zero"]
 FeedbackRule = Literal["lms", "cosine", "ema"]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grape_hf.boundaries import Boundaries, OutputNotReachedError, OutputReached, graph_of
+from grape_hf.boundaries import Boundaries, OutputNotReachedError
 from grape_hf.isolation import isolated
+from grape_hf.modes import OutputReached, graph_of
 
 
 @dataclass(frozen=True)

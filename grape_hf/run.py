@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from grape_hf.alignment import delta_alignment, delta_products, exact_alignment, feedback_alignment
 from grape_hf.baselines import dkp
-from grape_hf.boundaries import Matrix
 from grape_hf.calibration import CalibrationSchedule
 from grape_hf.feedback import Feedback, refit_moments
 from grape_hf.guard import DriftGuard, FiniteGuard
 from grape_hf.isolation import forget_compiled_code, isolated
-from grape_hf.jacobian import ForwardModeError, JacobianSum, JvpMode, Noise, jacobian_terms
+from grape_hf.jacobian import JacobianSum, Noise, jacobian_terms
 from grape_hf.points import FeedbackPoints
 from grape_hf.ranks import ALONE, Ranks, is_sharded
+from grape_hf.star import Matrix
+from grape_hf.tangents import ForwardModeError, JvpMode
 from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
 
 logger = logging.getLogger(__name__)

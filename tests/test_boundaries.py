@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grape_hf.boundaries import Boundaries, OutputReached
+from grape_hf.boundaries import Boundaries
+from grape_hf.modes import OutputReached
 
 
 class Stack(nn.Module):

@@ -18,7 +18,7 @@ from torch.autograd import profiler
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
 
-import grape_hf.boundaries
+import grape_hf.star
 
 # transformers 5.23 calls activation checkpointing by its name, 5.17 does not know that name.
 NAMES = [option.name for option in dataclasses.fields(TrainingArguments)]
@@ -132,7 +132,7 @@ def test_passes_of_an_estimate(tmp_path, mode, passes, extra):
 
 
 def test_one_delta_is_alive_at_a_time(tmp_path, monkeypatch):
-    project_error, born, alive = grape_hf.boundaries.project_error, [], []
+    project_error, born, alive = grape_hf.star.project_error, [], []
 
     def watched(*args: Any) -> torch.Tensor:
         alive.append(sum(ref() is not None for ref in born) + 1)
@@ -141,7 +141,7 @@ def test_one_delta_is_alive_at_a_time(tmp_path, monkeypatch):
         born.append(weakref.ref(delta.untyped_storage()))
         return delta
 
-    monkeypatch.setattr(grape_hf.boundaries, "project_error", watched)
+    monkeypatch.setattr(grape_hf.star, "project_error", watched)
     train(GPT2, tmp_path, **GAUSSIAN, max_steps=2)
     assert alive == [1] * 2 * (BLOCKS - 1)
     assert not any(ref() is not None for ref in born)

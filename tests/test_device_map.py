@@ -17,10 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grape_hf.alignment import delta_alignment, delta_products, feedback_alignment
 from grape_hf.baselines import dkp
-from grape_hf.boundaries import Boundaries, Forward, _Broadcast, project_error
+from grape_hf.boundaries import Boundaries
 from grape_hf.feedback import Feedback, refit_moments
 from grape_hf.jacobian import JacobianSum, Noise, jacobian_terms
 from grape_hf.layout import Layout
+from grape_hf.modes import Forward
+from grape_hf.star import Broadcast, project_error
 
 DEVICES = ["cuda:0", "cuda:1", "cuda:2"]
 BATCH, POSITIONS, WIDTH = 2, 3, 4
@@ -110,13 +112,13 @@ def test_errors_and_exact_deltas(per_sample, fake):
 
 
 def test_a_receiver_is_answered_on_its_device(fake):
-    """The scalars by which ``_Broadcast`` knows its receivers, and the zeros that it sends them."""
+    """The scalars by which ``Broadcast`` knows its receivers, and the zeros that it sends them."""
     context = type("Context", (), {})()
     y = torch.randn(BATCH, POSITIONS, WIDTH, device=DEVICES[2])
     star = type("Star", (), {})()
-    _Broadcast.forward(context, star, y, *(torch.zeros((), device=device) for device in DEVICES[:-1]))
+    Broadcast.forward(context, star, y, *(torch.zeros((), device=device) for device in DEVICES[:-1]))
     context.star = star
-    none, e, *zeros = _Broadcast.backward.__wrapped__(context, torch.randn_like(y))
+    none, e, *zeros = Broadcast.backward.__wrapped__(context, torch.randn_like(y))
     assert none is None
     assert str(e.device) == DEVICES[2]
     on_their_devices(zeros)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from grape_hf.boundaries import Forward
 from grape_hf.feedback import (
     Feedback,
     initial_feedback,
@@ -19,6 +18,7 @@ from grape_hf.feedback import (
     refit_moments,
 )
 from grape_hf.jacobian import JacobianSum
+from grape_hf.modes import Forward
 
 
 def matrices() -> tuple[torch.Tensor, torch.Tensor]:

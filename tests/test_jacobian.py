@@ -10,7 +10,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jacrev
 
 from grape_hf.boundaries import Boundaries
-from grape_hf.jacobian import ForwardModeError, JacobianSum, Noise, _ConstantFactors, jacobian_terms, rank_one_sum
+from grape_hf.jacobian import JacobianSum, Noise, jacobian_terms, rank_one_sum
+from grape_hf.tangents import ForwardModeError, _ConstantFactors
 
 
 class Net(nn.Module):

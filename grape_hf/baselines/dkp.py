@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grape_hf.boundaries import Forward, own_mask
 from grape_hf.layout import align_positions
+from grape_hf.modes import Forward
+from grape_hf.star import own_mask
 
 OPTIONS: dict[str, Any] = {
     "feedback_space": "logits",

@@ -38,10 +38,12 @@ from torch.overrides import TorchFunctionMode
 
 from grape_hf.baselines.base import MicroBatch, seeded
 from grape_hf.blocks import find_blocks
-from grape_hf.boundaries import Boundaries, _Mode
+from grape_hf.boundaries import Boundaries
 from grape_hf.isolation import isolated
-from grape_hf.jacobian import ForwardModeError, Noise, _dual_runner
+from grape_hf.jacobian import Noise
+from grape_hf.modes import Mode
 from grape_hf.points import feedback_blocks
+from grape_hf.tangents import ForwardModeError, dual_runner
 from grape_hf.training_args import GrapeArgumentsMixin
 
 
@@ -98,7 +100,7 @@ class ForwardGradient:
             if torch.is_grad_enabled() and boundaries._mode is star:  # else generation, or this very pass
                 star.u.clear()
                 with isolated(model, deterministic=False), torch.no_grad():
-                    star.q = _dual_runner(boundaries, lambda: model(*args, **kwargs))(perturb)
+                    star.q = dual_runner(boundaries, lambda: model(*args, **kwargs))(perturb)
 
         def perturb(index: int, h: Tensor, *_: Any) -> Tensor:
             layout = boundaries.layout
@@ -115,7 +117,7 @@ class ForwardGradient:
 
 @contextmanager
 def _math_attention() -> Iterator[None]:
-    """Attention with a forward-mode rule (``jacobian.py``), and an error that says what to do where there is none."""
+    """Attention with a forward-mode rule (``tangents.py``), and an error that says what to do where there is none."""
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
@@ -153,7 +155,7 @@ class _TangentBackward(TorchFunctionMode):
         return None
 
 
-class _SlopeStar(_Mode):
+class _SlopeStar(Mode):
     """Cut the graph at each h_l, and give each block its delta in the backward.
 
     Attributes:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from grape_hf import GrapeArgumentsMixin
 from grape_hf.baselines.base import MicroBatch, seeded
 from grape_hf.baselines.forward_gradient import ForwardGradient
-from grape_hf.jacobian import ForwardModeError, Noise
+from grape_hf.jacobian import Noise
 from grape_hf.layout import AUTO
+from grape_hf.tangents import ForwardModeError
 
 WEIGHT = GrapeArgumentsMixin(method="forward_gradient", perturbation_space="weight")
 ACTIVATION = GrapeArgumentsMixin(method="forward_gradient")

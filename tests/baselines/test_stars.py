@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from grape_hf import GrapeArgumentsMixin, GrapeTrainer
 from grape_hf.baselines import dkp
-from grape_hf.boundaries import Forward
 from grape_hf.feedback import initial_feedback
 from grape_hf.jacobian import Noise
 from grape_hf.layout import AUTO
+from grape_hf.modes import Forward
 from grape_hf.run import GrapeRun
 
 SGD = dict(optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0)
