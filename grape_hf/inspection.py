@@ -12,14 +12,13 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from grape_hf.blocks import ends
 from grape_hf.run import GrapeRun
@@ -279,12 +278,11 @@ def _shape(output: object) -> tuple[int, ...]:
 def _convolution_backward(grad: list[int], x: list[int], w: list[int], *others: Any, **_: Any) -> int:
     """Count the two gradients of a convolution, each as much as its forward, of those that are asked for.
 
-    torch's own formula (2.14) leaves out the groups, and so counts the weights' gradient of a depthwise convolution
-    once too often for each channel (https://github.com/pytorch/pytorch/pull/183405); until that is out.
+    torch's own formula (2.14) leaves out the groups, and so counts the weights' gradient ``groups`` times over. Until
+    https://github.com/pytorch/pytorch/pull/183405 is out.
     """
     transposed, mask = others[4], others[7]
-    places = prod((x if transposed else grad)[2:])
-    return sum(mask[:2]) * 2 * x[0] * places * prod(w)
+    return sum(mask[:2]) * conv_flop_count(x, w, grad, transposed)
 
 
 def _flops(act: Callable[[], object]) -> int:

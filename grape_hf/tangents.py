@@ -16,7 +16,6 @@ from grape_hf.isolation import full_precision
 JvpMode = Literal["dual", "finite_difference"]
 Inject = Callable[..., Tensor | None]  # (index, h, block, args, kwargs, whether the block ran in half precision)
 
-
 # Step of a finite difference, in units of rms(h_l). In float32, 1e-4 agrees with dual numbers to a cosine of 0.98 or
 # better on seven timm models, 1e-3 does not (DESIGN.md); float64 affords a smaller truncation error.
 STEP = {torch.float32: 1e-4, torch.float64: 1e-6}
@@ -81,8 +80,7 @@ class _ConstantFactors(TorchFunctionMode):
 def dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callable[[Inject], Tensor]:
     """Return what runs ``forward`` once with dual numbers and returns the tangent of y.
 
-    Raises (when run):
-        ForwardModeError: if an operator has no forward-mode rule, or the tangent got lost.
+    That raises ForwardModeError if an operator has no forward-mode rule, or the tangent got lost.
     """
 
     def run(inject: Inject) -> Tensor:
@@ -117,8 +115,7 @@ def dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callab
 def difference_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callable[[Inject], Tensor]:
     """Return the same by the difference of a perturbed and a clean forward, of which the clean one is run once.
 
-    Raises (when run):
-        ValueError: if the activations are in half precision.
+    That raises ValueError if the activations are in half precision.
     """
     device_type = next(boundaries.blocks[0].parameters()).device.type
     device_type = "cpu" if device_type == "meta" else device_type  # which has no autocast
