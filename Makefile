@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOWEST := .venv-lowest/bin
+# Two processes of one thread: CI has two cores, and the models are too small for a second thread to help.
+PYTEST := -m pytest -n 2 --dist worksteal
 STAMP := .venv/.installed
 STAMP_LOWEST := .venv-lowest/.installed
 
@@ -31,7 +33,7 @@ demo: setup
 
 test: setup
 	@echo "== Tests"
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 check: setup
 	@echo "== Format, lint, types"
@@ -47,4 +49,4 @@ $(STAMP_LOWEST): pyproject.toml constraints-lowest.txt
 
 test-lowest: $(STAMP_LOWEST)
 	@echo "== Tests on the lowest versions"
-	@$(LOWEST)/python -m pytest
+	@OMP_NUM_THREADS=1 $(LOWEST)/python $(PYTEST)

@@ -40,6 +40,7 @@ TESTED: dict[str, tuple[str, ...]] = {
     _FEATURES + "test_every_trial_of_a_search_is_a_run_of_its_own": ("learning_rate", "output_dir"),
     _FEATURES + "test_full_determinism": ("full_determinism",),
     _FEATURES + "test_memory_metrics": ("skip_memory_metrics",),
+    _FEATURES + "test_a_cache_of_keys_and_values": ("use_cache",),
     _FEATURES + "test_ways_to_resume": ("ignore_data_skip", "restore_callback_states_from_checkpoint"),
     _FEATURES + "test_liger": ("use_liger_kernel", "liger_kernel_config"),
     "test_trainer.py::test_four_micro_batches_of_4_are_a_batch_of_16": (
