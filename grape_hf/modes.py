@@ -60,7 +60,7 @@ class BroadcastMode(Mode):
         self.waiting: dict[int, Tensor | None] = {}  # by boundary; None where nothing before it is trained
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        """See ``Mode``."""
+        """Cut the graph behind h_l; its arm waits for y. Raises RuntimeError if blocks are no chain that runs once."""
         if not torch.is_grad_enabled():
             return h
         if self.waiting and index <= max(self.waiting):
@@ -94,7 +94,7 @@ class BroadcastMode(Mode):
         return h.detach().clone() if index in self.copied else h.detach()
 
     def at_output(self, y: Tensor) -> Tensor:
-        """See ``Mode``."""
+        """Return y, whose backward sends e over the arms that wait."""
         if not torch.is_grad_enabled():
             return y
         receivers = [r for r in self.waiting.values() if r is not None]
@@ -124,7 +124,7 @@ class RecordMode(Mode):
         self.forwards: list[Forward] = []
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        """See ``Mode``."""
+        """Keep h_l, and have a backward keep its gradient, the exact delta_l."""
         if torch.is_grad_enabled():
             self.check_size(index, h)
             if index == 0 or not self.forwards:
@@ -134,7 +134,7 @@ class RecordMode(Mode):
         return h
 
     def at_output(self, y: Tensor) -> Tensor:
-        """See ``Mode``."""
+        """Keep y, and have a backward keep its gradient, e."""
         if torch.is_grad_enabled() and self.forwards:
             self.forwards[-1].y = _keep_grad(y)
         return y
@@ -153,7 +153,7 @@ class PerturbMode(Mode):
         self.under_way = not torch.is_grad_enabled()  # else the forward meant begins with gradients
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        """See ``Mode``."""
+        """Return what ``inject`` makes of h_l, in the forward that is meant and in no other."""
         if self.forward.y is not None:  # a further forward for the same loss
             return h
         self.under_way = self.under_way or torch.is_grad_enabled()
@@ -163,7 +163,7 @@ class PerturbMode(Mode):
         return self.inject(index, h, block, args, kwargs)
 
     def at_output(self, y: Tensor) -> Tensor:
-        """See ``Mode``."""
+        """Keep y, and end the forward there, unless the whole is wanted."""
         if not self.under_way or self.forward.y is not None:
             return y
         self.forward.y = y

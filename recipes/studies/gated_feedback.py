@@ -1,0 +1,144 @@
+r"""Train ResNet-20 with feedback that heeds the image: what would it be worth?
+
+    python recipes/studies/gated_feedback.py --data_dir ../shared/data/cifar100 --feedback gated
+
+One feedback point, in the middle, h_4 of 9 blocks; a plain PyTorch loop, no method to use. Above the point there is
+ordinary backpropagation, which leaves the exact delta there to learn from; below it, blocks get what ``--feedback``
+says. ``gated``: a small convolutional net of h_4 and e, the synthetic gradient of Jaderberg et al. 2017 with the error
+in the place of the label, fitted to exact deltas batch by batch with AdamW. ``none``: the blocks below keep their
+random weights. ``exact``: backpropagation. Settings are those of ``images/resnet20.yaml``, in float32; accuracies are
+of the validation split. Writes a file for each run to ``images/gated_feedback``.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from regressed_feedback import BATCH, EPOCHS, accuracy, batches, sgd
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup, set_seed
+
+from grape_hf.blocks import find_blocks
+from grape_hf.vision import image_classifier
+from grape_hf.vision.data import Images, mean_and_std
+from grape_hf.vision.sources import load_images
+
+RESULTS = Path(__file__).parent / "images" / "gated_feedback"
+BELOW, SHAPE, N_Y = 4, (32, 16, 16), 100  # blocks below the point, its h_l for one image, and e
+
+
+class Gated(nn.Module):
+    """delta of h_l and e: channels of h_l gated by the error, beside a term of the place in the map and the error.
+
+    Args:
+        width: channels inside.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.e = nn.Linear(N_Y, width, bias=False)
+        self.conv = nn.Conv2d(SHAPE[0], width, 3, padding=1)
+        self.out = nn.Conv2d(width, SHAPE[0], 3, padding=1, bias=False)
+        self.e_place = nn.Linear(N_Y, width, bias=False)
+        self.place = nn.Parameter(torch.zeros(width, *SHAPE[1:]))
+
+    def forward(self, h: Tensor, e: Tensor) -> Tensor:
+        """Return delta, ``(batch, C, H, W)``, of h and e, ``(batch, n_y)``."""
+        gated = F.relu(self.conv(h)) * self.e(e)[:, :, None, None]
+        return self.out(gated + self.place * self.e_place(e)[:, :, None, None])
+
+
+def main() -> None:
+    """Train, and write accuracy and alignment by epoch."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", help="as of recipes/image_classification.py")
+    parser.add_argument("--feedback", choices=["gated", "none", "exact"], default="gated")
+    parser.add_argument("--learning_rate", type=float, default=0.3)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    set_seed(options.seed)
+    data = load_images(options.data_dir, train_subset=0.2)
+    mean, std = mean_and_std(data.train.pixels)
+    images = Images(
+        data.train.pixels, data.train.labels, mean, std, padding=4, flip=True, seed=options.seed, channels_last=True
+    )
+    loader = batches(images, BATCH, shuffle=True)
+    model = image_classifier("resnet20_cifar", data.label_names).to(memory_format=torch.channels_last)
+    optimizer = sgd(model, options.learning_rate)
+    steps = EPOCHS * len(loader)
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(0.03 * steps), steps)
+    step = Step(model, options.feedback)
+    history = []
+    for epoch in range(EPOCHS):
+        images.set_epoch(epoch)
+        for batch in loader:
+            step(batch)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        validation = Images(data.validation.pixels, data.validation.labels, mean, std)
+        history.append({"epoch": epoch + 1, "accuracy": accuracy(model, validation), **step.means()})
+        print(history[-1], flush=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    name = f"{options.feedback}-lr{options.learning_rate:g}-seed{options.seed}.json"
+    record = {"options": vars(options), "point": step.point, "history": history}
+    (RESULTS / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+class Step:
+    """One training step without the optimiser's; keeps the cosines and sizes of the feedback since ``means``."""
+
+    def __init__(self, model: nn.Module, feedback: str) -> None:
+        self.net: Any = model.timm_model
+        self.feedback = feedback
+        blocks = find_blocks(model)
+        self.point = list(blocks)[BELOW - 1]
+        self.below, self.above = list(blocks.values())[:BELOW], list(blocks.values())[BELOW:]
+        self.gated = Gated()
+        self.fit = torch.optim.AdamW(self.gated.parameters(), 3e-3, weight_decay=1e-3)
+        self.seen: list[tuple[float, float]] = []
+
+    def __call__(self, batch: dict[str, Tensor]) -> None:
+        """Fill the gradients of all weights."""
+        h = self.net.act1(self.net.bn1(self.net.conv1(batch["pixel_values"])))
+        for block in self.below:
+            h = block(h)
+        cut = h.detach().requires_grad_(True)
+        top: Tensor = cut
+        for block in self.above:
+            top = block(top)
+        y = self.net.forward_head(top)
+        y.retain_grad()
+        F.cross_entropy(y, batch["labels"]).backward()
+        assert cut.grad is not None
+        assert y.grad is not None
+        if self.feedback == "exact":
+            h.backward(cut.grad)
+        elif self.feedback == "gated":
+            n = len(y)  # the loss is a mean: of one image's own loss from here
+            h.backward(self._gated_delta(cut.detach(), n * y.grad, n * cut.grad) / n)
+
+    def means(self) -> dict[str, float]:
+        """Return the mean cosine with the exact delta, and the mean ratio of sizes, since the last call."""
+        seen, self.seen = self.seen, []
+        return {
+            name: round(sum(values) / len(seen), 3)
+            for name, values in zip(("cosine", "size"), zip(*seen, strict=True), strict=False)
+        }
+
+    def _gated_delta(self, h: Tensor, e: Tensor, exact: Tensor) -> Tensor:
+        """Predict this batch's delta, and only then learn from it."""
+        delta = self.gated(h, e)
+        cosine = F.cosine_similarity(delta.flatten(1), exact.flatten(1)).mean().item()
+        self.seen.append((cosine, (delta.norm() / exact.norm()).item()))
+        self.fit.zero_grad()
+        ((delta - exact).square().mean() / exact.square().mean()).backward()
+        self.fit.step()
+        return delta.detach()
+
+
+if __name__ == "__main__":
+    main()
