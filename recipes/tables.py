@@ -16,7 +16,8 @@ end of its output in ``<cell>.error.txt`` and the rest go on. Its options, and t
 The YAML file: ``settings``, a recipe's file of options, and ``options`` over it, for all cells; ``methods``, by name,
 the options of each (and ``learning_rates`` where they are not those of all); ``learning_rates``; ``seeds``; ``paper``,
 its figures by method; ``title``; ``recipe`` (default: image_classification.py) and ``metric`` (default: accuracy). In a
-plot over T a method named ``grape_T5`` belongs to ``grape``.
+plot over T a method named ``grape_T5`` belongs to ``grape``. The report is of the rates that are listed: one that is
+best with the first seed and breaks down with the others may be taken off, and its cells stay.
 """
 
 import argparse

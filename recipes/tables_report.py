@@ -32,8 +32,9 @@ def write_report(table: dict[str, Any], results: Results, errors: dict[str, str]
 
 
 def summarise(table: dict[str, Any], method: str, results: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return a method's row: its best rate by the validation split, first seed; there, figures in % over the seeds."""
-    of_method = [result for result in results if result["method"] == method]
+    """Return a method's row: the best of its rates by the validation split, first seed; there, figures in %."""
+    listed = (table["methods"][method] or {}).get("learning_rates", table["learning_rates"])
+    of_method = [r for r in results if r["method"] == method and r["learning_rate"] in map(float, listed)]
     first = [r for r in of_method if r["seed"] == table["seeds"][0] and "test" not in r]
     if not first:
         return None

@@ -159,6 +159,14 @@ class TestFilling:
         assert "70.50 ± 0.71" in table.run("--report")
         assert table.log() == before
 
+    def test_the_report_is_of_the_rates_that_are_listed(self, table: Table):
+        """One that did well with the first seed alone is taken off by hand; its cells stay as a record."""
+        table.settings["seeds"] = [0]
+        table.run("--methods", "bp")
+        table.settings["methods"]["bp"] |= {"learning_rates": [0.1]}
+        assert "| bp | - | 0.1 | 0 | - | - | 68.72 | 70.00 | 0.1: 70.0 | 1.0 |" in table.run("--report")
+        assert "bp-lr0.2-seed0" in table.cells()
+
     def test_a_picture_over_T(self, table: Table):
         table.settings["methods"] = {
             "bp": {"method": "bp"},
