@@ -140,7 +140,7 @@ def plot(table: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Non
     axes.set_xticks(every, [f"{t:g}" for t in every])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.9)  # lines lie across the whole of the axes
     figure.savefig(folder / "calibration.png", dpi=150)
 
 

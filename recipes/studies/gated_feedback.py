@@ -5,29 +5,33 @@ r"""Train ResNet-20 with feedback that heeds the image: what would it be worth?
 One feedback point, in the middle, h_4 of 9 blocks; a plain PyTorch loop, no method to use. Above the point there is
 ordinary backpropagation, which leaves the exact delta there to learn from; below it, blocks get what ``--feedback``
 says. ``gated``: a small convolutional net of h_4 and e, the synthetic gradient of Jaderberg et al. 2017 with the error
-in the place of the label, fitted to exact deltas batch by batch with AdamW. ``none``: the blocks below keep their
-random weights. ``exact``: backpropagation. Settings are those of ``images/resnet20.yaml``, in float32; accuracies are
-of the validation split. Writes a file for each run to ``images/gated_feedback``.
+in the place of the label, fitted to exact deltas batch by batch with AdamW. ``matrix``: B_l e, with the regression of
+``regressed_feedback.py``. ``none``: the blocks below keep their random weights. ``exact``: backpropagation. ``--scale``
+multiplies what goes below, as a learning rate of its own would. Settings are those of ``images/resnet20.yaml``, in
+float32; accuracies are of the validation split. Writes a file for each run to ``images/gated_feedback``.
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from regressed_feedback import BATCH, EPOCHS, accuracy, batches, sgd
+from regressed_feedback import BATCH, EPOCHS, RIDGE, accuracy, batches, sgd
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from grape_hf.blocks import find_blocks
+from grape_hf.feedback import refit
 from grape_hf.vision import image_classifier
 from grape_hf.vision.data import Images, mean_and_std
 from grape_hf.vision.sources import load_images
 
 RESULTS = Path(__file__).parent / "images" / "gated_feedback"
 BELOW, SHAPE, N_Y = 4, (32, 16, 16), 100  # blocks below the point, its h_l for one image, and e
+DECAY = 0.98  # weight of the past at each batch, for the regression
 
 
 class Gated(nn.Module):
@@ -55,7 +59,8 @@ def main() -> None:
     """Train, and write accuracy and alignment by epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", help="as of recipes/image_classification.py")
-    parser.add_argument("--feedback", choices=["gated", "none", "exact"], default="gated")
+    parser.add_argument("--feedback", choices=["gated", "matrix", "none", "exact"], default="gated")
+    parser.add_argument("--scale", type=float, default=1.0, help="of what goes below the point")
     parser.add_argument("--learning_rate", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -70,7 +75,7 @@ def main() -> None:
     optimizer = sgd(model, options.learning_rate)
     steps = EPOCHS * len(loader)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(0.03 * steps), steps)
-    step = Step(model, options.feedback)
+    step = Step(model, options.feedback, options.scale)
     history = []
     for epoch in range(EPOCHS):
         images.set_epoch(epoch)
@@ -83,7 +88,7 @@ def main() -> None:
         history.append({"epoch": epoch + 1, "accuracy": accuracy(model, validation), **step.means()})
         print(history[-1], flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    name = f"{options.feedback}-lr{options.learning_rate:g}-seed{options.seed}.json"
+    name = f"{options.feedback}-scale{options.scale:g}-lr{options.learning_rate:g}-seed{options.seed}.json"
     record = {"options": vars(options), "point": step.point, "history": history}
     (RESULTS / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -91,14 +96,16 @@ def main() -> None:
 class Step:
     """One training step without the optimiser's; keeps the cosines and sizes of the feedback since ``means``."""
 
-    def __init__(self, model: nn.Module, feedback: str) -> None:
+    def __init__(self, model: nn.Module, feedback: str, scale: float) -> None:
         self.net: Any = model.timm_model
-        self.feedback = feedback
+        self.feedback, self.scale = feedback, scale
         blocks = find_blocks(model)
         self.point = list(blocks)[BELOW - 1]
         self.below, self.above = list(blocks.values())[:BELOW], list(blocks.values())[BELOW:]
         self.gated = Gated()
         self.fit = torch.optim.AdamW(self.gated.parameters(), 3e-3, weight_decay=1e-3)
+        self.B = torch.zeros(math.prod(SHAPE), N_Y)
+        self.moments = torch.zeros(N_Y, N_Y), torch.zeros(N_Y, math.prod(SHAPE))  # of e with e, and with delta
         self.seen: list[tuple[float, float]] = []
 
     def __call__(self, batch: dict[str, Tensor]) -> None:
@@ -115,11 +122,11 @@ class Step:
         F.cross_entropy(y, batch["labels"]).backward()
         assert cut.grad is not None
         assert y.grad is not None
-        if self.feedback == "exact":
-            h.backward(cut.grad)
-        elif self.feedback == "gated":
-            n = len(y)  # the loss is a mean: of one image's own loss from here
-            h.backward(self._gated_delta(cut.detach(), n * y.grad, n * cut.grad) / n)
+        if self.feedback == "none":
+            return
+        n = len(y)  # the loss is a mean: of one image's own loss from here
+        delta = self._delta(cut.detach(), n * y.grad, n * cut.grad)
+        h.backward(delta * (self.scale / n))
 
     def means(self) -> dict[str, float]:
         """Return the mean cosine with the exact delta, and the mean ratio of sizes, since the last call."""
@@ -129,14 +136,21 @@ class Step:
             for name, values in zip(("cosine", "size"), zip(*seen, strict=True), strict=False)
         }
 
-    def _gated_delta(self, h: Tensor, e: Tensor, exact: Tensor) -> Tensor:
+    def _delta(self, h: Tensor, e: Tensor, exact: Tensor) -> Tensor:
         """Predict this batch's delta, and only then learn from it."""
-        delta = self.gated(h, e)
+        if self.feedback == "exact":
+            return exact
+        delta = self.gated(h, e) if self.feedback == "gated" else (e @ self.B.T).view_as(h)
         cosine = F.cosine_similarity(delta.flatten(1), exact.flatten(1)).mean().item()
         self.seen.append((cosine, (delta.norm() / exact.norm()).item()))
-        self.fit.zero_grad()
-        ((delta - exact).square().mean() / exact.square().mean()).backward()
-        self.fit.step()
+        if self.feedback == "gated":
+            self.fit.zero_grad()
+            ((delta - exact).square().mean() / exact.square().mean()).backward()
+            self.fit.step()
+        else:
+            for moment, new in zip(self.moments, (e, exact.flatten(1)), strict=True):
+                moment.mul_(DECAY).addmm_(e.T, new)
+            self.B = refit(torch.zeros_like(self.B), *self.moments, RIDGE)
         return delta.detach()
 
 
