@@ -33,7 +33,7 @@ from typing import Any
 
 import yaml
 from cells import Cells, end_of_output, run_recipe
-from tables_report import write_report
+from tables_report import learning_rates, write_report
 
 TOP = Path(__file__).resolve().parents[1]
 SCRATCH = TOP / "outputs" / "tables"
@@ -144,8 +144,7 @@ def fill(table: dict[str, Any], methods: list[str], cells: Cells, scratch: Path)
 def wanted(table: dict[str, Any], methods: list[str], cells: Cells) -> Iterator[Cell]:
     """Yield the cells that are to be run, in order: a method's rates with the first seed, then the best with all."""
     for method in methods:
-        rates = (table["methods"][method] or {}).get("learning_rates", table["learning_rates"])
-        choices = [Cell(method, float(rate), table["seeds"][0]) for rate in rates]
+        choices = [Cell(method, rate, table["seeds"][0]) for rate in learning_rates(table, method)]
         yield from choices
         if all(cells.settled(cell.name) for cell in choices):
             done = [(cell, result) for cell in choices if (result := cells.read(cell.name))]

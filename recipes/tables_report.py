@@ -33,8 +33,8 @@ def write_report(table: dict[str, Any], results: Results, errors: dict[str, str]
 
 def summarise(table: dict[str, Any], method: str, results: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return a method's row: the best of its rates by the validation split, first seed; there, figures in %."""
-    listed = (table["methods"][method] or {}).get("learning_rates", table["learning_rates"])
-    of_method = [r for r in results if r["method"] == method and r["learning_rate"] in map(float, listed)]
+    rates = learning_rates(table, method)
+    of_method = [r for r in results if r["method"] == method and r["learning_rate"] in rates]
     first = [r for r in of_method if r["seed"] == table["seeds"][0] and "test" not in r]
     if not first:
         return None
@@ -59,6 +59,11 @@ def summarise(table: dict[str, Any], method: str, results: list[dict[str, Any]])
         "by_rate": {r["learning_rate"]: 100 * r["validation"] for r in sorted(first, key=lambda r: r["learning_rate"])},
         "histories": [r["log_history"] for r in runs],
     }
+
+
+def learning_rates(table: dict[str, Any], method: str) -> list[float]:
+    """Return the rates that the file lists for a method: its own, or those of all."""
+    return [float(rate) for rate in (table["methods"][method] or {}).get("learning_rates", table["learning_rates"])]
 
 
 def calibration(options: dict[str, Any]) -> str:

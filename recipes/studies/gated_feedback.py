@@ -19,15 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from regressed_feedback import BATCH, EPOCHS, RIDGE, accuracy, batches, sgd
+from regressed_feedback import RIDGE, train
 from torch import Tensor, nn
-from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from grape_hf.blocks import find_blocks
 from grape_hf.feedback import refit
-from grape_hf.vision import image_classifier
-from grape_hf.vision.data import Images, mean_and_std
-from grape_hf.vision.sources import load_images
 
 RESULTS = Path(__file__).parent / "images" / "gated_feedback"
 BELOW, SHAPE, N_Y = 4, (32, 16, 16), 100  # blocks below the point, its h_l for one image, and e
@@ -64,37 +60,20 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    set_seed(options.seed)
-    data = load_images(options.data_dir, train_subset=0.2)
-    mean, std = mean_and_std(data.train.pixels)
-    images = Images(
-        data.train.pixels, data.train.labels, mean, std, padding=4, flip=True, seed=options.seed, channels_last=True
+    step, history = train(
+        options.data_dir,
+        options.seed,
+        options.learning_rate,
+        lambda model: Foretold(model, options.feedback, options.scale),
     )
-    loader = batches(images, BATCH, shuffle=True)
-    model = image_classifier("resnet20_cifar", data.label_names).to(memory_format=torch.channels_last)
-    optimizer = sgd(model, options.learning_rate)
-    steps = EPOCHS * len(loader)
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(0.03 * steps), steps)
-    step = Step(model, options.feedback, options.scale)
-    history = []
-    for epoch in range(EPOCHS):
-        images.set_epoch(epoch)
-        for batch in loader:
-            step(batch)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        validation = Images(data.validation.pixels, data.validation.labels, mean, std)
-        history.append({"epoch": epoch + 1, "accuracy": accuracy(model, validation), **step.means()})
-        print(history[-1], flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     name = f"{options.feedback}-scale{options.scale:g}-lr{options.learning_rate:g}-seed{options.seed}.json"
     record = {"options": vars(options), "point": step.point, "history": history}
     (RESULTS / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-class Step:
-    """One training step without the optimiser's; keeps the cosines and sizes of the feedback since ``means``."""
+class Foretold:
+    """One training step without the optimiser's; keeps the cosines and sizes of the feedback since ``measured``."""
 
     def __init__(self, model: nn.Module, feedback: str, scale: float) -> None:
         self.net: Any = model.timm_model
@@ -102,7 +81,7 @@ class Step:
         blocks = find_blocks(model)
         self.point = list(blocks)[BELOW - 1]
         self.below, self.above = list(blocks.values())[:BELOW], list(blocks.values())[BELOW:]
-        self.gated = Gated()
+        self.gated = Gated()  # in any case, as it draws random numbers: whatever the feedback, batches are the same
         self.fit = torch.optim.AdamW(self.gated.parameters(), 3e-3, weight_decay=1e-3)
         self.B = torch.zeros(math.prod(SHAPE), N_Y)
         self.moments = torch.zeros(N_Y, N_Y), torch.zeros(N_Y, math.prod(SHAPE))  # of e with e, and with delta
@@ -128,7 +107,7 @@ class Step:
         delta = self._delta(cut.detach(), n * y.grad, n * cut.grad)
         h.backward(delta * (self.scale / n))
 
-    def means(self) -> dict[str, float]:
+    def measured(self) -> dict[str, float]:
         """Return the mean cosine with the exact delta, and the mean ratio of sizes, since the last call."""
         seen, self.seen = self.seen, []
         return {

@@ -12,7 +12,9 @@ validation split. Writes a file for each run to ``images/regressed_feedback``.
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -44,36 +46,59 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    set_seed(options.seed)
-    data = load_images(options.data_dir, train_subset=0.2)
+    regression, history = train(
+        options.data_dir,
+        options.seed,
+        options.learning_rate,
+        lambda model: Regression(model, options.points, options.every, options.decay),
+    )
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    name = f"points{options.points}-every{options.every}-lr{options.learning_rate:g}-seed{options.seed}.json"
+    record = {"options": vars(options), "points": regression.points, "history": history}
+    (RESULTS / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+class Step(Protocol):
+    """One training step but for the optimiser's."""
+
+    def __call__(self, batch: dict[str, Tensor]) -> None:
+        """Fill the gradients of all weights for one batch."""
+
+    def measured(self) -> dict[str, Any]:
+        """Return what was measured since the last call, for the record of an epoch."""
+
+
+AnyStep = TypeVar("AnyStep", bound=Step)
+
+
+def train(
+    data_dir: str | None, seed: int, learning_rate: float, make_step: Callable[[nn.Module], AnyStep]
+) -> tuple[AnyStep, list[dict[str, Any]]]:
+    """Train, and return the step made for the model, and accuracy and what the step measured by epoch."""
+    set_seed(seed)
+    data = load_images(data_dir, train_subset=0.2)
     mean, std = mean_and_std(data.train.pixels)
     images = Images(
-        data.train.pixels, data.train.labels, mean, std, padding=4, flip=True, seed=options.seed, channels_last=True
+        data.train.pixels, data.train.labels, mean, std, padding=4, flip=True, seed=seed, channels_last=True
     )
+    validation = Images(data.validation.pixels, data.validation.labels, mean, std)
     loader = batches(images, BATCH, shuffle=True)
     model = image_classifier("resnet20_cifar", data.label_names).to(memory_format=torch.channels_last)
-    blocks = feedback_blocks(find_blocks(model), options.points)
-    boundaries = Boundaries(list(blocks.values()), find_head(model))
-    trained = Regression(model, boundaries, options.every, options.decay)
-    optimizer = sgd(model, options.learning_rate)
+    step = make_step(model)
+    optimizer = sgd(model, learning_rate)
     steps = EPOCHS * len(loader)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(0.03 * steps), steps)
     history = []
-    with boundaries.attached():
-        for epoch in range(EPOCHS):
-            images.set_epoch(epoch)
-            for batch in loader:
-                trained.step(batch)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            validation = Images(data.validation.pixels, data.validation.labels, mean, std)
-            history.append({"epoch": epoch + 1, "accuracy": accuracy(model, validation), "cosines": trained.cosines()})
-            print(history[-1], flush=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    name = f"points{options.points}-every{options.every}-lr{options.learning_rate:g}-seed{options.seed}.json"
-    record = {"options": vars(options), "points": list(blocks)[:-1], "history": history}
-    (RESULTS / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for epoch in range(EPOCHS):
+        images.set_epoch(epoch)
+        for batch in loader:
+            step(batch)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        history.append({"epoch": epoch + 1, "accuracy": accuracy(model, validation), **step.measured()})
+        print(history[-1], flush=True)
+    return step, history
 
 
 class Regression:
@@ -81,30 +106,35 @@ class Regression:
 
     Args:
         model: the model.
-        boundaries: attached to it when ``step`` is called.
+        points: number of feedback points; 0: one after every block but the last.
         every: steps between two looks at exact deltas; 0: never, B_l stays zero.
         decay: weight of the past at each look.
     """
 
-    def __init__(self, model: nn.Module, boundaries: Boundaries, every: int, decay: float) -> None:
-        self.model, self.boundaries, self.every, self.decay = model, boundaries, every, decay
+    def __init__(self, model: nn.Module, points: int, every: int, decay: float) -> None:
+        self.model, self.every, self.decay = model, every, decay
+        blocks = feedback_blocks(find_blocks(model), points)
+        self.points = list(blocks)[:-1]
+        self.boundaries = Boundaries(list(blocks.values()), find_head(model))
         self.count = 0
         self.B: list[Tensor] = []
         self.moments: list[tuple[Tensor, Tensor]] = []
         self.products: list[Tensor] = []
 
-    def step(self, batch: dict[str, Tensor]) -> None:
+    def __call__(self, batch: dict[str, Tensor]) -> None:
         """Fill the gradients of all weights for one batch."""
-        if not self.B or (self.every and self.count % self.every == 0):
-            self._look(batch)
-        with self.boundaries.broadcast(self.B):
-            self._loss(batch).backward()
+        with self.boundaries.attached():
+            if not self.B or (self.every and self.count % self.every == 0):
+                self._look(batch)
+            with self.boundaries.broadcast(self.B):
+                self._loss(batch).backward()
         self.count += 1
 
-    def cosines(self) -> list[float]:
+    def measured(self) -> dict[str, list[float]]:
         """Return the mean cosine of B_l e with the exact delta_l since the last call, at each point."""
         products, self.products = self.products, []
-        return [round(c, 3) for c in delta_alignment(torch.stack(products).sum(0)).tolist()] if products else []
+        cosines = delta_alignment(torch.stack(products).sum(0)).tolist() if products else []
+        return {"cosines": [round(c, 3) for c in cosines]}
 
     def _look(self, batch: dict[str, Tensor]) -> None:
         with isolated(self.model, deterministic=False), torch.enable_grad(), self.boundaries.record() as forwards:
