@@ -1,4 +1,4 @@
-"""Write what the documents take from elsewhere: options and architectures in README.md, the tests in CONTRIBUTING.md.
+"""Write what the documents take from elsewhere: options and architectures in docs/, the tests in CONTRIBUTING.md.
 
     python recipes/documents.py            # tests/test_documents.py fails while one of them is out of date
 
@@ -74,8 +74,8 @@ def tests_list() -> str:
 
 
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
-    ("README.md", "options"): options_table,
-    ("README.md", "architectures"): architectures_table,
+    ("docs/options.md", "options"): options_table,
+    ("docs/architectures.md", "architectures"): architectures_table,
     ("CONTRIBUTING.md", "tests"): tests_list,
 }
 

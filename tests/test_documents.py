@@ -14,7 +14,8 @@ import grape_hf
 from grape_hf import GrapeTrainingArguments
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/choosing_options.md", "docs/troubleshooting.md"]
+PAGES = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES]
 
 
 def read(document: str) -> str:
@@ -32,6 +33,10 @@ def texts(tree: ast.AST) -> Iterator[str]:
             yield "".join(str(v.value) if isinstance(v, ast.Constant) else "\0" for v in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
+
+
+def links(document: str) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", without_code(read(document)))
 
 
 def anchors(text: str) -> set[str]:
@@ -81,12 +86,25 @@ def test_messages_quoted_are_the_packages_own():
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
-    links = re.findall(r"\]\(([^)\s]+)\)", without_code(read(document)))
-    for link in (link for link in links if not link.startswith("http")):
+    found = links(document)
+    assert found
+    for link in (link for link in found if not link.startswith("http")):
         path, _, anchor = link.partition("#")
         target = ROOT / document if not path else (ROOT / document).parent / path
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_is_found_from_where_a_reader_begins(page):
+    name = Path(page).name
+    begun = {f"README.md: {link}" for link in links("README.md")}
+    begun |= {f"docs/how_it_works.md: {link}" for link in links("docs/how_it_works.md")}
+    assert begun & {f"README.md: docs/{name}", f"docs/how_it_works.md: {name}"}
+
+
+def test_the_readme_is_short_enough_to_be_read_to_its_end():
+    assert len(read("README.md").split()) <= 1300  # as `wc -w` counts: tables and code are in it
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there."""
+"""The Python of README.md and docs/ runs as it stands there."""
 
 import re
 from pathlib import Path
@@ -6,14 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-README = Path(__file__).parents[1] / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = {
+    f"{page.name}-{number}": example
+    for page in PAGES
+    for number, example in enumerate(re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL))
+}
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_example_runs(number):
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+def test_example_runs(example):
     names: dict[str, object] = {}
-    exec(EXAMPLES[number], names)
+    exec(example, names)
+    assert ("loss" in names) == ("optimizer.step()" in example)
     if "loss" in names:
         assert names["loss"] < 1.0  # it learns: counting upwards from a random start costs ln 256 = 5.5 at first
         assert any(not torch.equal(b, torch.eye(64)) for b in names["feedback"].B)
@@ -21,4 +27,4 @@ def test_example_runs(number):
 
 
 def test_there_is_a_plain_loop():
-    assert any("optimizer.step()" in example for example in EXAMPLES)
+    assert any("optimizer.step()" in example for example in EXAMPLES.values())
