@@ -11,8 +11,9 @@ from torch import Tensor
 
 from grape_hf.boundaries import Boundaries
 from grape_hf.feedback import exact_pair
+from grape_hf.layout import SAME
 from grape_hf.modes import Forward
-from grape_hf.star import own_mask, project_error
+from grape_hf.star import project_error
 
 
 def frobenius_cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -25,28 +26,25 @@ def feedback_alignment(B: Sequence[Tensor], J_hat: Sequence[Tensor]) -> Tensor:
     return torch.stack([frobenius_cosine(b, j.mT.to(b)).to(B[0].device) for b, j in zip(B, J_hat, strict=True)])
 
 
-def delta_products(forwards: Sequence[Forward], B: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+def delta_products(forwards: Sequence[Forward], B: Sequence[Tensor]) -> Tensor:
     """Return the inner products behind cos(B_l e, delta_l), ``(L-1, 3)``: <B e, delta>, |B e|^2, |delta|^2.
 
     Zero where no exact gradient came: nothing before the boundary is trained. They add up over micro-batches and
     ranks; ``delta_alignment`` turns the sum into cosines.
 
     Args:
-        forwards: recorded forwards, with the ``grad`` of h_l and y filled by an ordinary backward.
+        forwards: recorded forwards, after an ordinary backward.
         B: feedback matrices, ``(n_l, n_y)``.
-        mask: as in ``Boundaries.broadcast``.
     """
     rows = []
     for index, b in enumerate(B):
         total = torch.zeros(3, dtype=b.dtype, device=b.device)
         for forward in (f for f in forwards if f.exact(index)):
             _, delta = exact_pair(forward, index)
-            assert forward.y is not None
-            assert forward.y.grad is not None
-            layout, pooled = forward.layout, index in forward.pooled
-            padding = own_mask(mask, index, forward.pooled)
-            projected = project_error(forward.y.grad, b, forward.h[index].shape, padding, layout, pooled)
-            feedback = layout.vectors(projected).to(delta)
+            assert forward.e is not None
+            pairing = forward.pairings.get(index, SAME)
+            feedback = project_error(forward.e, b, forward.delta[index].shape, pairing)
+            feedback = pairing.layout.vectors(feedback).to(delta)
             products = (feedback * delta).sum(), feedback.square().sum(), delta.square().sum()
             total += torch.stack(products).to(total)
         rows.append(total.to(B[0].device))
@@ -69,9 +67,34 @@ def exact_alignment(
         B: feedback matrices, ``(n_l, n_y)``.
         mask: as in ``Boundaries.broadcast``.
     """
-    with torch.enable_grad(), boundaries.record() as forwards:
+    with torch.enable_grad(), boundaries.record(mask) as forwards:
         value = loss()
-        reached = [t for f in forwards for t in (f.y, *f.h.values()) if t is not None and t.requires_grad]
-        if reached:  # as inputs of a backward they get their ``grad``, and parameters get none
-            torch.autograd.backward(value, inputs=reached)
-    return delta_products(forwards, B, mask)
+        _backward(value, None, forwards)
+    return delta_products(forwards, B)
+
+
+def replayed_alignment(
+    boundaries: Boundaries, forward: Callable[[], object], errors: Sequence[Tensor | None], B: Sequence[Tensor]
+) -> Tensor:
+    """Return the products of ``delta_products`` for the errors that a step has found, by one more forward up to y.
+
+    Args:
+        boundaries: attached to the model.
+        forward: calls the model as in that step.
+        errors: the error of each forward through the blocks in that call, in the shape of y; None where there is none.
+        B: feedback matrices, ``(n_l, n_y)``.
+    """
+    with torch.enable_grad(), boundaries.record() as forwards:
+        output = forward()
+        for again, e in zip(forwards, errors, strict=False):
+            if e is not None and again.y is not None and again.y.shape == e.shape:
+                _backward(again.y, e.to(again.y), [again])
+        del output
+    return delta_products(forwards, B)
+
+
+def _backward(value: Tensor, e: Tensor | None, forwards: Sequence[Forward]) -> None:
+    """Leave exact gradients in ``forwards``, and none in a parameter."""
+    reached = [h for forward in forwards for h in forward.h.values() if h.requires_grad]
+    if reached and value.requires_grad:  # of its inputs a backward leaves a gradient, and of parameters none
+        torch.autograd.grad(value, reached, e, allow_unused=True, retain_graph=True)

@@ -1,6 +1,6 @@
-"""Hooks on a model's blocks: the only file that touches the model.
+"""Hooks on a model's blocks: with ``calls.py`` the only file that touches the model.
 
-At the output of block l < L lies the boundary activation h_l; the error e = dLoss/dy is measured at the output y of
+Between block l and the next lies the boundary activation h_l; the error e = dLoss/dy is measured at the output y of
 the last block (`hidden`) or of the head (`logits`). Hooks are attached once, for the length of a training run, and a
 mode, always set by a ``with``, says what they do in a step; without a mode the model is its own BP twin:
 
@@ -9,27 +9,45 @@ mode, always set by a ``with``, says what they do in a step; without a mode the 
 - ``record``: keep h_l and y of an ordinary forward, for the exact delta_l.
 - ``perturb``: replace each h_l by what a function returns for it, and hand out y (forward-mode estimates).
 
-``h``, ``e`` and ``y`` are seen as vectors, ``(batch, positions, n)`` (``layout.py``). Where y has other positions than
-h_l (a classifier), e_b is summed over positions and the same B_l e_b goes to each position of h_l. So it is for the
-blocks of an encoder below a decoder (``pooled``), whose output is cut like any h_l.
+h_l is cut where the next block reads it (``readers``), so that whoever else reads it, an auxiliary head or a loss on
+hidden states, has its graph, and block l the exact gradient of that loss beside B_l e. What lies between two blocks is
+of one unit with the first of them. Without ``readers`` h_l is cut where block l makes it, for all who read it.
 
-Only the h_l are cut. What else a block hands on, or the model hands to its blocks, keeps its gradient, which is exact
-and local: it runs from a block's own error along that path, up to the next cut, and no further. Such paths are a
-position bias computed in block 1 and used in all (T5), inputs made for each layer from the embeddings (Gemma 3n), the
-norm between an encoder and the attention of all decoder blocks to it, a router's loss (mixtures of experts).
+``h``, ``e`` and ``y`` are seen as vectors, ``(batch, positions, n)``, and paired as ``layout.py`` says: where y has
+other positions than h_l (a classifier), e_b is summed over positions and the same B_l e_b goes to each position of h_l.
+So it is for the blocks of an encoder below a decoder (``pooled``), whose output is cut like any h_l, and where the loss
+reads one position of y (``read_at``).
+
+What else a block hands on, or the model hands to its blocks, keeps its gradient, which is exact and local: it runs from
+a block's own error along that path, up to the next cut, and no further. Such paths are a position bias computed in
+block 1 and used in all (T5), inputs made for each layer from the embeddings (Gemma 3n), a router's loss (mixtures).
+
+A block may be left out of a forward (LayerDrop). Then h_l is what the next one reads, and with it the last one y is the
+output of the last block that ran.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from grape_hf import nested
+from grape_hf.block_hooks import BlockHook, ReaderHook
 from grape_hf.blocks import ends
-from grape_hf.layout import AUTO, Layout
-from grape_hf.modes import BroadcastMode, Forward, Mode, OutputReached, PerturbMode, RecordMode
+from grape_hf.layout import AUTO, Layout, Pairing
+from grape_hf.modes import BroadcastMode, Forward, Keep, Mode, OutputReached, PerturbMode, RecordMode
 from grape_hf.star import Matrix
+
+if TYPE_CHECKING:
+    from grape_hf.calls import Calls
+
+logger = logging.getLogger(__name__)
+
+ReadAt = Literal["first", "last"]
 
 
 class OutputNotReachedError(RuntimeError):
@@ -45,11 +63,18 @@ class Boundaries:
         output: the module whose output is y; the last block by default.
         layout: how activations are seen as vectors.
         whole: whether a forward must run to its end even when nothing behind y matters (FSDP2 counts on that).
-        pooled: boundaries of another sequence than y's: blocks of an encoder. Only they have padding to mask then.
+        pooled: boundaries of another sequence than y's: blocks of an encoder.
+        readers: for each boundary the blocks that read h_l: the next one, or all of a decoder's. By default h_l is cut
+            at the output of block l.
+        calls: what the model is called with, for padding; without it there is the padding that a mode is given.
 
     Attributes:
         copied: boundaries whose h_l the next block changes in place, which therefore gets a copy (``probe``).
         sizes: n_l of each h_l, which every forward that counts must have; any by default.
+        read_at: where the loss reads y if that is one position alone; None if it is not.
+        read: the same for the samples of the next estimate, ``(batch, positions)``, by the error that a step has found.
+        places: where a block finds h_l among its arguments, by boundary; the first floating-point tensor by default.
+        parts: where the hidden states are in what a block returns, by its number; the same by default.
 
     Raises:
         ValueError: if there is no block.
@@ -62,19 +87,40 @@ class Boundaries:
         layout: Layout = AUTO,
         whole: bool = False,
         pooled: Collection[int] = (),
+        readers: Sequence[Sequence[nn.Module]] | None = None,
+        calls: "Calls | None" = None,
     ) -> None:
         if not blocks:
             raise ValueError("expected at least one block, got none.")
         self.blocks = list(blocks)
-        self.output = ends(self.blocks[-1])[1] if output is None else output
-        self.layout, self.whole, self.pooled = layout, whole, frozenset(pooled)
+        last = ends(self.blocks[-1])[1]
+        self.output = last if output is None else output
+        self.hidden = self.output is last
+        self.layout, self.whole, self.pooled, self.calls = layout, whole, frozenset(pooled), calls
+        self.readers = [[] for _ in self.blocks[1:]] if readers is None else [list(r) for r in readers]
         self.copied: set[int] = set()
         self.sizes: list[int] | None = None
+        self.read_at: ReadAt | None = None
+        self.read: Tensor | None = None
+        self.places: dict[int, nested.Path] = {}
+        self.parts: dict[int, nested.Path] = {}
         self._mode: Mode | None = None
+        self._read_before: dict[int, tuple[Mode, Tensor, Tensor]] = {}  # by a decoder's earlier blocks
+        self._warned = False
 
     def __len__(self) -> int:
         """Count the feedback points, L - 1."""
         return len(self.blocks) - 1
+
+    @property
+    def skips(self) -> bool:
+        """Whether y is found even if the last blocks are left out of a forward."""
+        return self.hidden and all(self.readers)
+
+    @property
+    def current_call(self) -> Any:
+        """The call of the model under way, None if nobody looks, or looking would have each step compiled anew."""
+        return None if self.calls is None or torch.compiler.is_compiling() else self.calls.current or self.calls.loss
 
     def check_size(self, index: int, h: Tensor) -> None:
         """Raise ValueError if h_l has another size than its B_l was made for."""
@@ -87,18 +133,58 @@ class Boundaries:
             'use feedback_sharing="position".'
         )
 
+    def pairing(self, index: int, h: Tensor, mask: Tensor | None = None) -> Pairing:
+        """Return how h_l goes together with e.
+
+        Args:
+            index: of the boundary.
+            h: h_l.
+            mask: padding, if it is not to be taken from what the model was called with.
+        """
+        pooled = index in self.pooled or self.read_at is not None
+        if mask is not None:  # an encoder's mask says nothing about the positions of its decoder
+            return Pairing(self.layout, pooled, mask if index in self.pooled or not self.pooled else None)
+        padding = None if self.calls is None else self.calls.masks.padding(self.blocks[index], h)
+        return Pairing(self.layout, pooled, padding)
+
+    def read_of(self, y: Tensor, padding: Tensor | None) -> Tensor | None:
+        """Return where the loss reads y, ``(batch, positions)``; None if that is everywhere, or not known."""
+        if self.read_at is None:
+            return None
+        batch, positions = self.layout.vectors(y).shape[:2]
+        if self.read is not None and self.read.shape == (batch, positions):
+            return self.read
+        places = torch.arange(positions, device=y.device).expand(batch, positions)
+        if self.read_at == "first":
+            return places == 0
+        if padding is None or padding.shape != (batch, positions):
+            return places == positions - 1
+        last = (places * (padding != 0).to(places)).amax(1, keepdim=True)
+        return places == last
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Attach the hooks, which do nothing outside a mode, and take every one of them off again at the end."""
         handles: list[RemovableHandle] = []
         try:
-            for index, block in enumerate(self.blocks[:-1]):
-                first, last = ends(block)
-                hook = _BoundaryHook(self, index, block)
+            hooks = [BlockHook(self, index, block) for index, block in enumerate(self.blocks)]
+            for of_block in hooks:
+                first, last = ends(of_block.block)
                 if first is not last:
-                    handles.append(first.register_forward_pre_hook(hook.at_input, with_kwargs=True))
-                handles.append(last.register_forward_hook(hook.at_output, with_kwargs=True))
-            handles.append(self.output.register_forward_hook(self._output_hook))
+                    handles.append(first.register_forward_pre_hook(of_block.at_input, with_kwargs=True))
+                # Ahead of others, which then see what the next module does; a cut comes behind them.
+                ahead = not of_block.cuts
+                handles.append(last.register_forward_hook(of_block.at_output, with_kwargs=True, prepend=ahead))
+            for reader in dict.fromkeys(module for readers in self.readers for module in readers):
+                # Behind others, which then see h_l with its graph; but ahead of FSDP2's, and where h_l is known by
+                # being the same for all readers.
+                ahead = self.whole or any(reader in self.readers[index] for index in self.pooled)
+                hook = ReaderHook(self, reader, hooks)
+                handles.append(
+                    ends(reader)[0].register_forward_pre_hook(hook.at_input, with_kwargs=True, prepend=ahead)
+                )
+            if not self.hidden:
+                handles.append(self.output.register_forward_hook(self._head_hook, prepend=True))
             yield
         finally:
             for handle in handles:
@@ -106,19 +192,20 @@ class Boundaries:
 
     @contextmanager
     def broadcast(
-        self, B: Sequence[Matrix | None], mask: Tensor | None = None, keep: bool = False
+        self, B: Sequence[Matrix | None], mask: Tensor | None = None, keep: Keep = "nothing"
     ) -> Iterator[list[Forward]]:
         """Send dLoss/dy to every block at once, by the matrices B_1 .. B_{L-1}, each ``(n_l, n_y)``.
 
         Block 1 and whatever feeds it (embeddings, stem) are one unit with local backpropagation; block L and what
         follows get their exact gradient. Enclose the forward and the backward. A forward without gradients in between
-        (generation) is left alone; several forwards for one loss are a star each.
+        (generation) is left alone; several forwards for one loss are a star each. A forward that ends before y, where
+        that is a head, leaves its blocks without an error: a warning says so, once.
 
         Args:
             B: the feedback matrices; "identity" saves the product with one; None where a boundary is not to be cut, and
                 the gradient of the block after it flows through.
             mask: ``(batch, positions)``, nonzero where a position is not padding.
-            keep: hand out h_l and y of each forward, where a backward leaves e in ``y.grad``; else the list is empty.
+            keep: what of each forward is handed out: h_l and y, and the error e that a backward leaves.
 
         Raises:
             RuntimeError: if the blocks do not run once each, in order, up to y, or if a block's output carries no
@@ -128,11 +215,22 @@ class Boundaries:
         with self._in_mode(mode):
             yield mode.forwards
             mode.close()
+        if mode.unheard and not self.skips and not self._warned:  # without its last blocks a model may lead to no loss
+            self._warned = True
+            logger.warning(
+                f"GrAPE: the blocks ran, and the {type(self.output).__name__} whose output the error is measured at "
+                "never did, so that all but the last got no error from this batch. Losses that do not use this head, "
+                'or not in every batch, want feedback_space="hidden". This is said once.'
+            )
 
     @contextmanager
-    def record(self) -> Iterator[list[Forward]]:
-        """Keep h_l and y of each forward with gradients, and have an ordinary backward fill their ``grad``."""
-        mode = RecordMode(self)
+    def record(self, mask: Tensor | None = None) -> Iterator[list[Forward]]:
+        """Keep h_l and y of each forward with gradients, and have an ordinary backward leave delta_l and e there.
+
+        Args:
+            mask: as for ``broadcast``.
+        """
+        mode = RecordMode(self, mask)
         with self._in_mode(mode):
             yield mode.forwards
 
@@ -149,7 +247,7 @@ class Boundaries:
         Raises:
             OutputNotReachedError: if the forward ended without reaching y.
         """
-        mode = PerturbMode(inject, self.whole, self.check_size)
+        mode = PerturbMode(self, inject)
         with self._in_mode(mode), suppress(OutputReached):
             yield mode.forward
         if mode.forward.y is None:
@@ -171,34 +269,10 @@ class Boundaries:
             yield
         finally:
             self._mode = previous
+            self._read_before.clear()
 
-    def _output_hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if self._mode is None:
+    def _head_hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        path = nested.first_floating(output)
+        if self._mode is None or path is None:
             return None
-        if isinstance(output, tuple | list):
-            return type(output)((self._mode.at_output(output[0]), *output[1:]))
-        return self._mode.at_output(output)
-
-
-class _BoundaryHook:
-    """The hooks of one block: at its output, and at its input where it is a part of a plain stack."""
-
-    def __init__(self, boundaries: Boundaries, index: int, block: nn.Module) -> None:
-        self.boundaries, self.index, self.block = boundaries, index, block
-        self.inputs: tuple[tuple, dict] | None = None
-
-    def at_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if isinstance(self.boundaries._mode, PerturbMode):
-            self.inputs = args, kwargs
-
-    def at_output(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        mode = self.boundaries._mode
-        if mode is None:
-            return None
-        args, kwargs = self.inputs or (args, kwargs)
-        self.inputs = None
-        # A block returns its hidden states, or a tuple or list that starts with them.
-        if isinstance(output, tuple | list):
-            h = mode.at_boundary(self.index, output[0], self.block, args, kwargs)
-            return type(output)((h, *output[1:]))
-        return mode.at_boundary(self.index, output, self.block, args, kwargs)
+        return nested.put(output, path, self._mode.at_output(nested.get(output, path), len(self.blocks)))

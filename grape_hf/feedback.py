@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grape_hf.guard import FiniteGuard
 from grape_hf.jacobian import JacobianSum
-from grape_hf.layout import align_positions
+from grape_hf.layout import SAME
 from grape_hf.modes import Forward
 
 FeedbackInit = Literal["identity", "gaussian", "zero"]
@@ -58,7 +58,9 @@ def refine_cosine(B: Tensor, J_hat: Tensor, lr: float, eps: float = 1e-8) -> Ten
 
     .. math:: L(B_l) = \sum_k \left(1 - \cos(B_l[:,k], \hat J_l^\top[:,k])\right)
 
-    The loss is the sum over columns, so ``lr`` is a rate per column: a mean would divide the step by n_y.
+    The loss is the sum over columns, so ``lr`` is a rate per column: a mean would divide the step by n_y. The gradient
+    is 1 / |B_l[:,k]| long, without bound at zero, where it has no direction: a column shorter than ``lr`` is taken to
+    be as long as that, by which no step is longer than one, and a column of zeros becomes J_hat's with unit length.
 
     Args:
         B: ``(n_l, n_y)``.
@@ -71,8 +73,9 @@ def refine_cosine(B: Tensor, J_hat: Tensor, lr: float, eps: float = 1e-8) -> Ten
     T = J_hat.mT
     B_length, T_length = (torch.linalg.vector_norm(t, dim=0, keepdim=True) + eps for t in (B, T))
     cosine = torch.linalg.vecdot(B, T, dim=0) / (B_length * T_length)
-    # B + lr (T / |T| - cosine B / |B|) / |B|, in as few passes over the matrices as can be
-    return torch.addcmul(B * (1 - lr * cosine / B_length**2), T, lr / (B_length * T_length))
+    bounded = B_length.clamp(min=lr)
+    # B + lr / bounded (T / |T| - cosine B / |B|), in as few passes over the matrices as can be
+    return torch.addcmul(B * (1 - lr * cosine / (B_length * bounded)), T, lr / (bounded * T_length))
 
 
 def refine_ema(B: Tensor, J_hat: Tensor, lr: float | Tensor) -> Tensor:
@@ -113,23 +116,45 @@ def refit(B: Tensor, ee: Tensor, ed: Tensor, ridge: float = 0.1) -> Tensor:
     return B + torch.linalg.solve(regularised, ed - ee @ B.mT).mT
 
 
-def refit_moments(forwards: Sequence[Forward], n_boundaries: int) -> list[tuple[Tensor, Tensor]]:
-    """Return (E^T E, E^T Delta) of each boundary, summed over recorded forwards whose ``grad`` a backward filled."""
-    moments: list[tuple[Tensor, Tensor]] = []
+def refit_moments(
+    forwards: Sequence[Forward], n_boundaries: int, B: Sequence[Tensor] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Return (E^T E, E^T Delta) of each boundary, summed over recorded forwards after a backward.
+
+    Positions that no gradient came to, padding above all, have no say; nor does a boundary in a forward that left out
+    the block behind it, or before which nothing is trained: then the sums are zero, by which a refit changes nothing.
+
+    Args:
+        forwards: what ``Boundaries.record`` kept.
+        n_boundaries: how many boundaries there are.
+        B: the feedback matrices, for the shapes of sums that are zero; by default those of h_l and y.
+    """
+    moments = []
     for index in range(n_boundaries):
         terms = []
-        for forward in forwards:
-            if forward.exact(index):
-                e, delta = exact_pair(forward, index)
-            else:  # nothing before the boundary is trained: zeros, by which a refit changes nothing
-                assert forward.y is not None
-                h = forward.h[index]
-                vectors = (forward.layout.vectors(t) for t in (forward.y, h))
-                e, delta = (torch.zeros_like(v[:, :1], dtype=torch.float32, device=h.device) for v in vectors)
-            e = e.expand(-1, delta.shape[1], -1).flatten(0, 1)
+        for forward in (f for f in forwards if f.exact(index)):
+            e, delta = exact_pair(forward, index)
+            reached = delta.any(-1, keepdim=True).to(e)
+            e = (e.expand(-1, delta.shape[1], -1) * reached).flatten(0, 1)
             terms.append((e.mT @ e, e.mT @ delta.flatten(0, 1)))
-        moments.append((sum(t[0] for t in terms), sum(t[1] for t in terms)))  # type: ignore[arg-type]
-    return moments
+        if not terms:
+            terms = [
+                _no_moments(forwards, index)
+                if B is None
+                else _zeros(B[index].shape[0], B[index].shape[1], B[index].device)
+            ]
+        moments.append((sum(t[0] for t in terms), sum(t[1] for t in terms)))
+    return moments  # type: ignore[return-value]
+
+
+def _no_moments(forwards: Sequence[Forward], index: int) -> tuple[Tensor, Tensor]:
+    h, y = next((f.h[index], f.y) for f in forwards if index in f.h and f.y is not None)
+    vectors = forwards[0].pairings.get(index, SAME).layout.vectors
+    return _zeros(vectors(h).shape[-1], vectors(y).shape[-1], h.device)
+
+
+def _zeros(n_l: int, n_y: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.zeros(n_y, n_y, device=device), torch.zeros(n_y, n_l, device=device)
 
 
 def exact_pair(forward: Forward, index: int) -> tuple[Tensor, Tensor]:
@@ -140,13 +165,12 @@ def exact_pair(forward: Forward, index: int) -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: if the backward left one of the two without a gradient.
     """
-    h, y = forward.h[index], forward.y
-    if y is None or y.grad is None or h.grad is None:
+    if not forward.exact(index):
         raise RuntimeError(f"no exact gradient reached boundary h_{index + 1} or the output y in this backward.")
-    dtype = torch.promote_types(h.grad.dtype, torch.float32)
-    vectors = forward.layout.vectors
-    delta = vectors(h.grad).to(dtype)
-    return align_positions(vectors(y.grad).to(delta), delta.shape[1], index in forward.pooled), delta
+    assert forward.e is not None
+    exact, pairing = forward.delta[index], forward.pairings.get(index, SAME)
+    delta = pairing.layout.vectors(exact).to(torch.promote_types(exact.dtype, torch.float32))
+    return pairing.align(pairing.layout.vectors(forward.e).to(delta), delta.shape[1]), delta
 
 
 class Feedback:

@@ -1,36 +1,59 @@
 """Run a model on the side without leaving a trace: what an estimate or a measurement may not change.
 
-Parameters are not touched by a forward; everything else that a forward can move is put back here: the training flags,
-the buffers (batch norm's running statistics and counters), and the global random number generators.
+What a forward can move is put back here: the buffers (batch norm's running statistics and counters), plain attributes
+of modules and their training flags (``snapshot.py``), parameters that it changes, and the random number generators.
 """
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+
+from grape_hf.snapshot import Snapshot
 
 # Batch norms keep their batch statistics in an estimate: the Jacobian wanted is the one of the training step, and
 # the running statistics lag far behind it early in training.
 _BATCH_STATISTICS = nn.modules.batchnorm._BatchNorm
 
 
+class Trace:
+    """What a run on the side left behind.
+
+    Attributes:
+        changed: names of the parameters that it changed and that were put back.
+    """
+
+    def __init__(self) -> None:
+        self.changed: list[str] = []
+
+
 @contextmanager
-def isolated(model: nn.Module, deterministic: bool = True) -> Iterator[None]:
-    """Put back training flags, buffers and global random states of ``model`` and its process at the end.
+def isolated(
+    model: nn.Module, deterministic: bool = True, saved: Collection[str] | Literal["all"] = ()
+) -> Iterator[Trace]:
+    """Put back all that a forward may change of ``model`` and its process at the end.
 
     Args:
         model: the model that will run.
         deterministic: run in eval mode (no dropout), except batch norms, which go on using batch statistics.
+        saved: names of the parameters that a forward changes (a momentum encoder's), which are copied and put back;
+            "all" copies all of them, and finds out which those are.
+
+    Raises:
+        RuntimeError: if the forward changed a parameter that was not copied.
     """
     training = [module for module in model.modules() if module.training]
-    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module.named_buffers("", False)]
+    trace, watch = Trace(), _Parameters(model, saved)
+    state = Snapshot(model)
     with ExitStack() as stack:
         stack.enter_context(_random_states(model))
         if "torch._dynamo" in sys.modules:
@@ -38,18 +61,59 @@ def isolated(model: nn.Module, deterministic: bool = True) -> Iterator[None]:
             # compiled block would be compiled once more for each mode.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            for module, name, buffer in buffers:
-                setattr(module, name, buffer.clone())
+            for module in model.modules():
+                for name, buffer in module.named_buffers("", False):
+                    setattr(module, name, buffer.clone())
             if deterministic:
                 for module in training:
                     module.training = isinstance(module, _BATCH_STATISTICS)
                 stack.enter_context(_without_checkpointing(model))
-            yield
+            yield trace
         finally:
-            for module, name, buffer in buffers:
-                setattr(module, name, buffer)
-            for module in training:
-                module.training = True
+            stack.close()
+            state.restore()
+            trace.changed = watch.restore()
+        watch.check(trace.changed)
+
+
+class _Parameters:
+    """The parameters of a model, before a forward that may change some of them."""
+
+    def __init__(self, model: nn.Module, saved: Collection[str] | Literal["all"]) -> None:
+        named = {n: p for n, p in model.named_parameters() if not (p.is_meta or is_lazy(p) or isinstance(p, DTensor))}
+        self.before = {name: (p, p._version, p.data_ptr()) for name, p in named.items()}
+        self.first = saved == "all"
+        wanted = named if saved == "all" else saved
+        # Of a whole model a GPU may have no room for a second one.
+        copy = (lambda p: p.detach().to("cpu", copy=True)) if self.first else (lambda p: p.detach().clone())
+        self.copies = {name: copy(named[name]) for name in wanted if name in named}
+
+    def restore(self) -> list[str]:
+        """Put back those that were copied, and name those that had changed."""
+        changed = []
+        for name, copy in self.copies.items():
+            p, *before = self.before[name]
+            moved = (
+                [p._version, p.data_ptr()] != before or not torch.equal(p.detach().cpu(), copy) if self.first else True
+            )
+            if moved:
+                p.data.copy_(copy)
+                changed.append(name)
+        return changed
+
+    def check(self, restored: Collection[str]) -> None:
+        """Raise RuntimeError if others have changed, as far as torch notes it."""
+        found = [
+            name
+            for name, (p, version, place) in self.before.items()
+            if name not in restored and (p._version, p.data_ptr()) != (version, place)
+        ]
+        if found:
+            raise RuntimeError(
+                f"a forward changed the parameter(s) {', '.join(found[:5])}, which none did at first: one that GrAPE "
+                "makes on the side has changed them once more, and they cannot be put back. Change them in every "
+                'forward, or in none (in a callback, say), or use method="dfa", which makes no estimates.'
+            )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ Shapes: ``q`` is ``(batch, positions, n_y)``, ``v_l`` and ``a_l`` are ``(batch, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,12 +23,14 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from grape_hf import nested
 from grape_hf.boundaries import Boundaries
-from grape_hf.layout import Layout, align_positions
-from grape_hf.star import own_mask
+from grape_hf.layout import SAME, Layout, Pairing
 from grape_hf.tangents import HALF, RUNNERS, STEP, ForwardModeError, JvpMode
 
 Space = Literal["activation", "weight"]
+
+_COPY = 2**40  # a place further on than any sample's: of a sample's second vector
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,13 @@ class Noise:
 
     def vectors(self, index: int, like: Tensor) -> Tensor:
         """Draw p_l, shaped like ``like``, ``(batch, positions, n_l)``, one generator for each sample."""
-        places = self.places
-        if len(places) != len(like):  # the model sees other samples than the batch holds (a chosen and a rejected text)
-            places = range(len(like))
+        places: Sequence[int] = self.places
+        if len(places) != len(like):  # the model makes several vectors of a sample (choices), or of all together
+            each, rest = divmod(len(like), max(len(places), 1))
+            first = next(iter(places), 0)
+            places = (
+                [p + _COPY * j for p in places for j in range(each)] if not rest else range(first, first + len(like))
+            )
         draws = [self._draw(like[0].shape, like, index, place) for place in places]
         return torch.stack(draws)
 
@@ -102,7 +108,7 @@ class JacobianSum:
         return [s / n.clamp(min=1) for s, n in zip(self.sums, self.counts, strict=True)]
 
 
-def rank_one_sum(q: Tensor, a: Tensor, pooled: bool = False) -> Tensor:
+def rank_one_sum(q: Tensor, a: Tensor, pairing: Pairing = SAME) -> Tensor:
     r"""Sum the rank-one terms :math:`q_i a_i^\top` over samples and positions.
 
     The sum is taken in float32 at least: in bf16 a long sum loses its small terms. Where y has other positions than
@@ -111,7 +117,7 @@ def rank_one_sum(q: Tensor, a: Tensor, pooled: bool = False) -> Tensor:
     Args:
         q: tangent of y, ``(batch, positions, n_y)``, in units of y.
         a: ``(batch, positions, n_l)``, in inverse units of h_l; for ``p ~ N(0, I)`` injected as it is, ``a = p``.
-        pooled: whether the positions of the two are others, even if there are as many.
+        pairing: how the positions of the two go together.
 
     Returns:
         ``(n_y, n_l)``, in units of y per unit of h_l.
@@ -127,9 +133,9 @@ def rank_one_sum(q: Tensor, a: Tensor, pooled: bool = False) -> Tensor:
             "positions into the batch, choose blocks that do not."
         )
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q, a = q.to(dtype), a.to(dtype)
-    if pooled or q.shape[1] != a.shape[1]:
-        q, a = q.mean(1, keepdim=True), a.sum(1, keepdim=True)
+    q, a = pairing.at_top(q.to(dtype), a.to(dtype))
+    if q.shape[1] != a.shape[1] or pairing.pooled:
+        a = a.sum(1, keepdim=True)
     return (a.flatten(0, 1).mT @ q.flatten(0, 1)).mT  # laid out in memory like B_l, which it is compared with
 
 
@@ -192,27 +198,34 @@ def jacobian_terms(
                     v, a = _weight_tangent(h, block, args, kwargs, p, mode, layout, rounded)
             else:
                 v, a = _activation_tangent(h, noise, index, layout)
-            padding = own_mask(mask, index, boundaries.pooled)
-            if padding is None and index not in boundaries.pooled:
-                padding = targets
-            if padding is not None and v.shape[:2] == padding.shape:
-                v, a = (t * padding.to(t)[..., None] for t in (v, a))
-            injected[index] = _Injected(v, a)  # noqa: B023
+            pairing = boundaries.pairing(index, h, mask)
+            if pairing.padding is None and index not in boundaries.pooled:
+                pairing = pairing.padded(targets)
+            v, a = pairing.unpadded(v), pairing.unpadded(a)
+            injected[index] = _Injected(v, a, pairing)  # noqa: B023
             return layout.restore(v, h.shape)
 
-        q = layout.vectors(run(inject))
+        y_tangent = run(inject)
+        q = layout.vectors(y_tangent)
         if B is not None:
             q = q.to(torch.promote_types(q.dtype, torch.float32))
             for index, t in injected.items():
-                q = q - align_positions(t.v.to(q), q.shape[1], index in boundaries.pooled) @ B[index].to(q)
-        for index, t in sorted(injected.items()):
-            pooled = index in boundaries.pooled
-            at_top, a = q.to(t.a.device), t.a
-            if pooled and targets is not None and targets.shape == q.shape[:2]:
-                at_top, a = _over_targets(at_top, a, targets.to(a))
-            terms.sums.append(rank_one_sum(at_top, a, pooled))
+                q = q - t.pairing.align(t.v.to(q), q.shape[1]) @ B[index].to(q)
+        for index in group:
+            if (found := injected.get(index)) is None:  # the block that reads h_l was left out
+                assert boundaries.sizes is not None, "known where a run has begun"
+                terms.sums.append(q.new_zeros(boundaries.sizes[index], q.shape[-1]).mT)
+                terms.counts.append(torch.zeros((), dtype=torch.int64, device=q.device))
+                terms.tangents.append(terms.counts[-1])
+                continue
+            t, pairing = found, found.pairing
+            if pairing.pooled:
+                read = boundaries.read_of(y_tangent, None if index in boundaries.pooled else pairing.padding)
+                pairing = replace(pairing, read=targets if read is None else read)
+            at_top, a = pairing.at_top(q.to(t.a.device), t.a)
+            terms.sums.append(rank_one_sum(at_top, a, replace(pairing, read=None)))
             terms.counts.append(a.any(-1).count_nonzero())  # neither padding nor h_l = 0
-            same = q.shape[1] == a.shape[1] and not pooled
+            same = q.shape[1] == a.shape[1] and not pairing.pooled
             terms.tangents.append(terms.counts[-1] if same else torch.tensor(len(q), device=a.device))
     return terms
 
@@ -221,12 +234,7 @@ def jacobian_terms(
 class _Injected:
     v: Tensor  # what was added at h_l, (batch, positions, n_l), in units of h_l
     a: Tensor  # v / s^2, what q is multiplied with
-
-
-def _over_targets(q: Tensor, a: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean of q over the targets that are no padding, and ``a`` without the samples that have none."""
-    number = targets.count_nonzero(1).to(q)[:, None, None]  # (batch, 1, 1)
-    return (q * targets[..., None].to(q)).sum(1, keepdim=True) / number.clamp(min=1), a * (number > 0)
+    pairing: Pairing
 
 
 def _activation_tangent(h: Tensor, noise: Noise, index: int, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -283,4 +291,6 @@ def _float(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple | list) else output
+    path = nested.first_floating(output)
+    assert path is not None
+    return nested.get(output, path)

@@ -15,7 +15,7 @@ auto        1 position, n            S positions, C                             
 largest divisor of H (of W) that is no larger than ``cells``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -87,6 +87,63 @@ def align_positions(e: Tensor, positions: int, pooled: bool = False) -> Tensor:
     Args:
         e: error or tangent.
         positions: how many positions the other side has.
-        pooled: sum in any case: the other side is of another sequence (an encoder's), whose positions are not these.
+        pooled: sum in any case: the positions of the two sides are not the same.
     """
     return e if e.shape[1] == positions and not pooled else e.sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which vector of y goes with which vector of h_l: all that pair e, or q, with h_l ask it.
+
+    Where the two have the same positions, position s of one goes with position s of the other. Else there is one error
+    per sample, the sum over positions, and it goes with every position of h_l that is no padding.
+
+    Args:
+        layout: how h_l and y are seen as vectors.
+        pooled: one error per sample although h_l and y may have equally many positions: h_l is of another sequence (an
+            encoder's), or the loss reads y at one position alone.
+        padding: ``(batch, positions of h_l)``, nonzero where a position is no padding; None if there is none.
+        read: ``(batch, positions of y)``, nonzero where the loss reads y; None if that is everywhere.
+    """
+
+    layout: Layout = AUTO
+    pooled: bool = False
+    padding: Tensor | None = None
+    read: Tensor | None = None
+
+    def align(self, e: Tensor, positions: int) -> Tensor:
+        """Return e, ``(batch, S, n_y)``, as ``(batch, positions or 1, n_y)``."""
+        return align_positions(e, positions, self.pooled)
+
+    def padded(self, padding: Tensor | None) -> "Pairing":
+        """Return the pairing with this padding."""
+        return replace(self, padding=padding)
+
+    def unpadded(self, vectors: Tensor) -> Tensor:
+        """Return ``(batch, positions of h_l, n)`` with zeros where there is padding."""
+        if self.padding is None or self.padding.shape != vectors.shape[:2]:
+            return vectors
+        return vectors * self.padding.to(vectors)[..., None]
+
+    def at_top(self, q: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tangents of one estimate as they are paired.
+
+        Args:
+            q: tangent of y, ``(batch, S, n_y)``.
+            a: ``(batch, positions, n_l)``.
+
+        Returns:
+            The two as they are, or, with one error per sample, the mean of q over what the loss reads of y,
+            ``(batch, 1, n_y)``, and a without the samples of which it reads nothing.
+        """
+        if not self.pooled and q.shape[1] == a.shape[1]:
+            return q, a
+        if self.read is None or self.read.shape != q.shape[:2]:
+            return q.mean(1, keepdim=True), a
+        number = self.read.count_nonzero(1).to(q)[:, None, None]  # (batch, 1, 1)
+        q = (q * (self.read != 0).to(q)[..., None]).sum(1, keepdim=True) / number.clamp(min=1)
+        return q, a * (number > 0).to(a)
+
+
+SAME = Pairing()

@@ -1,35 +1,55 @@
 """What the hooks of ``boundaries.py`` do in a step: broadcast, record or perturb. Each object serves one ``with``."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from grape_hf.layout import AUTO, Layout
-from grape_hf.star import Broadcast, Matrix, Receive, Star, own_mask
+from grape_hf.graph import graph_of, in_backward
+from grape_hf.layout import Pairing
+from grape_hf.star import Broadcast, Exact, Matrix, Receive, Star
 
 if TYPE_CHECKING:
     from grape_hf.boundaries import Boundaries
 
 
+Keep = Literal["nothing", "e", "h and e"]
+
+
 @dataclass
 class Forward:
-    """What one forward of the model showed: ``h`` by the boundary's index (0 for h_1), and ``y``.
+    """What one forward of the model showed, by the boundary's index (0 for h_1).
 
-    ``pooled`` is ``Boundaries.pooled``.
+    Attributes:
+        h: the boundary activations.
+        pairings: how h_l goes together with e.
+        delta: what a backward left at h_l by way of the block behind it: the exact delta_l.
+        y: the output that e is measured at.
+        errors: what a backward left at each module that may have made y, by its number.
+        site: the number of the module that did.
+        call: the call of the model that this is (``calls.py``).
+        reached: whether it got to y.
     """
 
-    layout: Layout = AUTO
     h: dict[int, Tensor] = field(default_factory=dict)
+    pairings: dict[int, Pairing] = field(default_factory=dict)
+    delta: dict[int, Tensor] = field(default_factory=dict)
     y: Tensor | None = None
-    pooled: frozenset[int] = frozenset()
+    errors: dict[int, Tensor] = field(default_factory=dict)
+    site: int = 0
+    call: Any = None
+    reached: bool = False
+
+    @property
+    def e(self) -> Tensor | None:
+        """dLoss/dy; None before a backward."""
+        return self.errors.get(self.site)
 
     def exact(self, index: int) -> bool:
         """Whether a backward left exact gradients at boundary ``index`` and at y: not where all before is frozen."""
-        h = self.h.get(index)
-        return h is not None and h.grad is not None and self.y is not None and self.y.grad is not None
+        return index in self.delta and self.e is not None
 
 
 class OutputReached(Exception):
@@ -39,104 +59,204 @@ class OutputReached(Exception):
 class Mode:
     """What happens at h_l and at y."""
 
+    def at_block(self, index: int, h: Tensor) -> None:
+        """Take note that block ``index`` made ``h``."""
+
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         """Return what takes the place of h_l; ``args`` and ``kwargs`` are what the block was called with."""
         raise NotImplementedError
 
-    def at_output(self, y: Tensor) -> Tensor:
-        """Return what takes the place of y."""
+    def at_output(self, y: Tensor, site: int) -> Tensor:
+        """Return what takes the place of y, or of what is y if no later block runs; ``site`` numbers the module."""
         raise NotImplementedError
 
 
-class BroadcastMode(Mode):
-    """Cut the graph at each h_l, and join its arms at y (``Boundaries.broadcast``)."""
+class _FollowingMode(Mode):
+    """A mode that follows the forwards with gradients, of which one loss may have several.
 
-    def __init__(self, boundaries: "Boundaries", B: list[Matrix | None], mask: Tensor | None, keep: bool) -> None:
-        self.B, self.mask, self.check_size = B, mask, boundaries.check_size
-        self.layout, self.copied, self.pooled = boundaries.layout, boundaries.copied, boundaries.pooled
-        self.star = Star(self.layout)  # of the forward under way
-        self.keep, self.forwards = keep, list[Forward]()
-        self.outputs: list[Any] = []  # where the stars of earlier forwards begin
-        self.waiting: dict[int, Tensor | None] = {}  # by boundary; None where nothing before it is trained
+    Attributes:
+        forwards: one for each.
+        unheard: how many of them ended before y.
+    """
 
-    def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        """Cut the graph behind h_l; its arm waits for y. Raises RuntimeError if blocks are no chain that runs once."""
+    def __init__(self, boundaries: "Boundaries") -> None:
+        self.boundaries = boundaries
+        self.forwards: list[Forward] = []
+        self.unheard = 0
+        self._last = -1  # the block that ran last
+        self._ended = True  # whether no later module can make y
+        self._call: Any = None  # of the model, in which the forward under way is
+        self._made: list[Any] = []  # the graph's nodes of the last blocks
+        self._scratch: _FollowingMode | None = None
+
+    def begin(self) -> None:
+        """Begin a forward."""
+        self._call = self.boundaries.current_call
+        self.forwards.append(Forward(call=self._call))
+        self._last, self._ended = -1, False
+
+    def under_way(self) -> "_FollowingMode | None":
+        """Return the mode that acts now: none without gradients, and one to throw away during a recomputation.
+
+        Activation checkpointing of a segment of blocks runs them, with their hooks, once more in the backward. What the
+        hooks put into the graph must be the same there, and counts for nothing.
+        """
         if not torch.is_grad_enabled():
-            return h
-        if self.waiting and index <= max(self.waiting):
+            return None
+        if not in_backward():
+            return self
+        self._scratch = self._scratch or self.recomputation()
+        return self._scratch
+
+    def recomputation(self) -> "_FollowingMode":
+        """Return a mode that does the same to the graph as this one."""
+        return type(self)(self.boundaries)
+
+    def at_block(self, index: int, h: Tensor) -> None:
+        """Follow; raise RuntimeError if a block runs on what a later one made."""
+        if self.under_way() is self:
+            if index <= self._last:
+                self._check_start(index, h)
+            self._follow(index)
+            self._last = index
+            if index == len(self.boundaries):
+                self._made.append(h.grad_fn)
+
+    def _follow(self, index: int) -> Forward:
+        """Return the forward in which block ``index`` runs, or is about to."""
+        if self._ended or index <= self._last or self._call is not self.boundaries.current_call:
+            self.begin()
+        return self.forwards[-1]
+
+    def _check_start(self, index: int, h: Tensor) -> None:
+        block = type(self.boundaries.blocks[index]).__name__
+        if any(node in self._made for node in graph_of(h)):
             raise RuntimeError(
-                f"block {index + 1} ({type(block).__name__}) ran after block {max(self.waiting) + 1}, before y was "
-                "reached. Direct feedback needs blocks that run once each, in order, in every forward that leads to y. "
-                'With several forwards for one head use feedback_space="hidden"; else name other blocks.'
-            )
-        if index == 0 and self.outputs and any(node in self.outputs for node in graph_of(h)):
-            raise RuntimeError(
-                f"block 1 ({type(block).__name__}) ran again on what the last block had made of its output. Direct "
+                f"block {index + 1} ({block}) ran again on what the last block had made of its output. Direct "
                 "feedback needs a chain of blocks that run once each: name others with the option `blocks`."
             )
-        self.check_size(index, h)
-        if self.keep:
-            if not self.waiting:
-                self.forwards.append(Forward(self.layout, pooled=self.pooled))
-            self.forwards[-1].h[index] = h.detach()
-        self.waiting[index] = None
-        if (B := self.B[index]) is None:
-            return h.clone() if index in self.copied else h
+        if not self._ended and self._call is self.boundaries.current_call and not self.boundaries.skips:
+            raise RuntimeError(
+                f"block {index + 1} ({block}) ran after block {self._last + 1}, before y was reached. Direct feedback "
+                "needs blocks that run once each, in order, in every forward that leads to y. With several forwards "
+                'for one head use feedback_space="hidden"; else name other blocks.'
+            )
+
+
+class BroadcastMode(_FollowingMode):
+    """Cut the graph at each h_l, and join its arms at y (``Boundaries.broadcast``)."""
+
+    def __init__(
+        self, boundaries: "Boundaries", B: list[Matrix | None], mask: Tensor | None = None, keep: Keep = "nothing"
+    ) -> None:
+        super().__init__(boundaries)
+        self.B, self.mask, self.keep = B, mask, keep
+        self.star = Star()  # of the forward under way
+        # The stand-in of the node made last. Not the star's: its node holds the star, and would not be let go.
+        self.token: Tensor | None = None
+
+    def begin(self) -> None:
+        """Begin a star of its own."""
+        self.close()
+        super().begin()
+
+    def close(self) -> None:
+        """Count the forward under way if its blocks wait for an error that cannot come any more."""
+        self.unheard += self.token is not None and self.star.site is None
+        self.star, self.token = Star(), None
+
+    def recomputation(self) -> "BroadcastMode":
+        """Return a mode that does the same to the graph as this one."""
+        return BroadcastMode(self.boundaries, self.B)
+
+    def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        """Cut the graph behind h_l; its arm waits for y. Raises RuntimeError if the gradient is lost already."""
+        mode = self.under_way()
+        if mode is None:
+            return h
+        copied = index in self.boundaries.copied
+        if mode is self:
+            self.boundaries.check_size(index, h)
+            forward = self._follow(index + 1)
+            if self.keep == "h and e":
+                forward.h[index] = h.detach().clone() if copied else h.detach()
+                forward.pairings[index] = self.boundaries.pairing(index, h, self.mask)
+        if self.B[index] is None:
+            return h.clone() if copied else h
         if h.requires_grad:
-            mask = own_mask(self.mask, index, self.pooled)
-            self.waiting[index] = Receive.apply(h, B, self.star, mask, index in self.pooled)
-        elif any(p.requires_grad for p in block.parameters()):
+            assert isinstance(mode, BroadcastMode)
+            pairing = self.boundaries.pairing(index, h, self.mask)
+            padding, still = pairing.padding, pairing.padded(None)
+            mode.token = Receive.apply(h, mode.token, self.B[index], mode.star, padding, still)
+        elif mode is self and self._last == index:
+            self._check_gradient(index, h, block)
+        return h.detach().clone() if copied else h.detach()
+
+    @staticmethod
+    def _check_gradient(index: int, h: Tensor, block: nn.Module) -> None:
+        if not h.requires_grad and any(p.requires_grad for p in block.parameters()):
             raise RuntimeError(
                 f"the output of block {index + 1} ({type(block).__name__}) carries no gradient although the block has "
                 "weights to train. Reentrant activation checkpointing does this: set "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
-        return h.detach().clone() if index in self.copied else h.detach()
 
-    def at_output(self, y: Tensor) -> Tensor:
+    def at_output(self, y: Tensor, site: int) -> Tensor:
         """Return y, whose backward sends e over the arms that wait."""
-        if not torch.is_grad_enabled():
+        mode = self.under_way()
+        if mode is None:
             return y
-        receivers = [r for r in self.waiting.values() if r is not None]
-        if receivers:
-            y = Broadcast.apply(self.star, y, *receivers)
-            self.outputs.append(y.grad_fn)
-        if self.keep and self.waiting:
-            self.forwards[-1].y = _keep_grad(y)
-        self.waiting, self.star = {}, Star(self.layout)  # a further forward for the same loss is a star of its own
+        assert isinstance(mode, BroadcastMode)
+        if mode is self and site < len(self.boundaries.blocks):
+            self._check_gradient(site, y, self.boundaries.blocks[site])
+        if mode.token is not None:
+            mode.star.site = site
+            kept = self.forwards[-1].errors if mode is self and self.keep != "nothing" else None
+            y = Broadcast.apply(y, mode.token, mode.star, site, kept)
+        if mode is self and self.forwards:
+            self.forwards[-1].reached, self.forwards[-1].site = True, site
+            if self.keep == "h and e":
+                self.forwards[-1].y = y.detach()
+            if site >= len(self.boundaries):
+                self._ended = True
+                self._made.append(y.grad_fn)
         return y
 
-    def close(self) -> None:
-        """Raise RuntimeError if blocks wait for an error that cannot come any more."""
-        if self.waiting:
-            raise RuntimeError(
-                f"blocks 1 to {max(self.waiting) + 1} ran, and the module whose output is y never did, so they got no "
-                "error. Was the head left out of the forward?"
-            )
 
+class RecordMode(_FollowingMode):
+    """Keep h_l and y of an ordinary forward, and what a backward leaves there (``Boundaries.record``)."""
 
-class RecordMode(Mode):
-    """Keep h_l and y of an ordinary forward (``Boundaries.record``)."""
-
-    def __init__(self, boundaries: "Boundaries") -> None:
-        self.check_size = boundaries.check_size
-        self.layout, self.copied, self.pooled = boundaries.layout, boundaries.copied, boundaries.pooled
-        self.forwards: list[Forward] = []
+    def __init__(self, boundaries: "Boundaries", mask: Tensor | None = None) -> None:
+        super().__init__(boundaries)
+        self.mask = mask
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         """Keep h_l, and have a backward keep its gradient, the exact delta_l."""
-        if torch.is_grad_enabled():
-            self.check_size(index, h)
-            if index == 0 or not self.forwards:
-                self.forwards.append(Forward(self.layout, pooled=self.pooled))
-            self.forwards[-1].h[index] = _keep_grad(h)
-            return h.clone() if index in self.copied else h
-        return h
+        mode = self.under_way()
+        if mode is None:
+            return h
+        delta: dict[int, Tensor] = {}
+        if mode is self:
+            self.boundaries.check_size(index, h)
+            forward = self._follow(index + 1)
+            forward.h[index], delta = h, forward.delta
+            forward.pairings[index] = self.boundaries.pairing(index, h, self.mask)
+        passed = Exact.apply(h, delta, index) if h.requires_grad else h
+        return passed.clone() if index in self.boundaries.copied else passed
 
-    def at_output(self, y: Tensor) -> Tensor:
+    def at_output(self, y: Tensor, site: int) -> Tensor:
         """Keep y, and have a backward keep its gradient, e."""
-        if torch.is_grad_enabled() and self.forwards:
-            self.forwards[-1].y = _keep_grad(y)
+        mode = self.under_way()
+        if mode is None or not self.forwards:
+            return y
+        errors: dict[int, Tensor] = {}
+        if mode is self:
+            forward = self.forwards[-1]
+            forward.site, errors = site, forward.errors
+            self._ended = site >= len(self.boundaries)
+        y = Exact.apply(y, errors, site) if y.requires_grad else y
+        if mode is self:
+            forward.y = y
         return y
 
 
@@ -145,47 +265,31 @@ class PerturbMode(Mode):
 
     def __init__(
         self,
+        boundaries: "Boundaries",
         inject: Callable[[int, Tensor, nn.Module, tuple, dict], Tensor],
-        whole: bool,
-        check_size: Callable[[int, Tensor], None],
     ) -> None:
-        self.inject, self.whole, self.check_size, self.forward = inject, whole, check_size, Forward()
+        self.boundaries, self.inject, self.forward = boundaries, inject, Forward()
         self.under_way = not torch.is_grad_enabled()  # else the forward meant begins with gradients
+        self.ended = False
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         """Return what ``inject`` makes of h_l, in the forward that is meant and in no other."""
-        if self.forward.y is not None:  # a further forward for the same loss
+        if self.ended:  # a further forward for the same loss
             return h
         self.under_way = self.under_way or torch.is_grad_enabled()
         if not self.under_way:
             return h
-        self.check_size(index, h)
+        self.boundaries.check_size(index, h)
         return self.inject(index, h, block, args, kwargs)
 
-    def at_output(self, y: Tensor) -> Tensor:
+    def at_output(self, y: Tensor, site: int) -> Tensor:
         """Keep y, and end the forward there, unless the whole is wanted."""
-        if not self.under_way or self.forward.y is not None:
+        if not self.under_way or self.ended:
             return y
         self.forward.y = y
-        if not self.whole:
+        if site < len(self.boundaries):
+            return y
+        self.ended = True
+        if not self.boundaries.whole:
             raise OutputReached
         return y.detach()  # leaves the tangent behind, too
-
-
-def graph_of(h: Tensor) -> Iterator[Any]:
-    """Yield the nodes of autograd's graph behind ``h``."""
-    nodes: list[Any] = [h.grad_fn]
-    seen: set[Any] = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        yield node
-        seen.add(node)
-        nodes.extend(parent for parent, _ in node.next_functions)
-
-
-def _keep_grad(h: Tensor) -> Tensor:
-    if h.requires_grad:
-        h.retain_grad()
-    return h

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from grape_hf.blocks import find_blocks, find_encoder, find_head
 from grape_hf.boundaries import Boundaries, OutputNotReachedError
+from grape_hf.calls import Calls
 from grape_hf.feedback import FeedbackInit, initial_feedback
 from grape_hf.layout import Layout
-from grape_hf.probe import Probe, probe
+from grape_hf.probe import BatchNotFirstError, Probe, look
 from grape_hf.shortcut import shortcut_feedback
 from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
 
@@ -47,18 +48,28 @@ class FeedbackPoints:
             stack = {name: block for name, block in found.items() if (block in self._encoder) is inside}
             named |= feedback_blocks(stack, options.feedback_points or 0)
         self.names, self.blocks = list(named)[:-1], list(named.values())
+        self.chain = list(found.values())  # with those that share a feedback point
+        self._readers = [self._reading(block) for block in self.blocks[:-1]]
         if options.feedback_space == "logits":
             find_head(model)
 
-    def look(self, forward: Callable[[], object], whole: bool = False) -> tuple[str, Boundaries, Probe]:
-        """Decide where the error is measured, and run a sample through the boundaries that follow from it.
+    def look(
+        self,
+        forward: Callable[[], object],
+        whole: bool = False,
+        calls: Calls | None = None,
+        agreed: Callable[[bool], bool] = bool,
+    ) -> tuple[str, Boundaries, Probe]:
+        """Decide where the error is measured, and run the model through the boundaries that follow from it.
 
         Args:
             forward: runs the model on a sample or more.
             whole: as for ``Boundaries``.
+            calls: as for ``Boundaries``.
+            agreed: says whether something holds on all ranks.
 
         Raises:
-            ValueError: if ``feedback_space="logits"`` and the model has no head.
+            ValueError: if ``feedback_space="logits"`` and the model has no head, or another head beside it.
             RuntimeError: if the blocks do not run once each, in order, each on the output of the one before.
         """
         space = self.options.feedback_space or "auto"
@@ -66,27 +77,49 @@ class FeedbackPoints:
         channels_last = any(str(getattr(m, "output_fmt", "")).endswith("NHWC") for m in self.model.modules())
         layout = Layout(self.options.feedback_sharing or "auto", channels_last)
 
-        def look(output: nn.Module | None) -> tuple[Boundaries, Probe]:
-            boundaries = Boundaries(self.blocks, output, layout, whole, self._pooled(output))
-            return boundaries, probe(self.model, boundaries, forward)
+        def boundaries(output: nn.Module | None) -> Boundaries:
+            readers = [list(found) for found in self._readers]
+            return Boundaries(self.blocks, output, layout, whole, self._pooled(output), readers, calls)
 
         try:
-            head = None if space == "hidden" else find_head(self.model)
+            head = find_head(self.model)
         except ValueError:
             if space == "logits":
                 raise
             head = None
-        if head is None:
-            return "hidden", *look(None)
+        at_head, at_hidden = boundaries(head), boundaries(None)
+        seen = look(self.model, at_head, forward)
         try:
-            logits = look(head)
-        except OutputNotReachedError:  # not every loss calls the head, or takes a single sample
+            logits = None if head is None or space == "hidden" else seen.at(at_head, numbers=not whole)
+        except (OutputNotReachedError, BatchNotFirstError):  # not every loss calls the head, and calls it once
             if space == "logits":
                 raise
-            return "hidden", *look(None)
-        if space == "auto" and (hidden := look(None))[1].n_y <= logits[1].n_y:
-            return "hidden", *hidden
-        return "logits", *logits
+            logits = None
+        if space == "logits":
+            assert logits is not None
+            self._refuse_beside(logits.beside)
+            return "logits", at_head, logits
+        if not agreed(logits is not None and not logits.beside):
+            return "hidden", at_hidden, seen.at(at_hidden, numbers=not whole)
+        assert logits is not None
+        hidden = seen.at(at_hidden, numbers=not whole)
+        return ("hidden", at_hidden, hidden) if hidden.n_y <= logits.n_y else ("logits", at_head, logits)
+
+    def _refuse_beside(self, beside: list[str]) -> None:
+        """Refuse an error measured at a head beside which others read the last block's output."""
+        certain = [what for what in beside if what == "the loss"]
+        if certain:
+            raise ValueError(
+                'feedback_space="logits" measures the error at one head, and the loss reads the output of the last '
+                "block beside it (several heads, distillation, a loss on hidden states): what comes from there would "
+                'not reach the other blocks. Use feedback_space="hidden".'
+            )
+        if beside:
+            logger.warning(
+                f'GrAPE: feedback_space="logits" measures the error at one head, and {", ".join(beside)} may read the '
+                "output of the last block beside it: what comes from there does not reach the other blocks. Use "
+                'feedback_space="hidden" if a loss uses it.'
+            )
 
     def initial_feedback(
         self, space: str, boundaries: Boundaries, shapes: Probe, forward: Callable[[], object], seed: int
@@ -129,10 +162,13 @@ class FeedbackPoints:
             return shortcut_feedback(self.model, boundaries, forward, self.names)
         generator = torch.Generator().manual_seed(seed)
         inits = [of_encoder or init if index in pooled else init for index in range(total)]
+        # One error for all positions: on the shortcut path each has its share of it.
+        share = 1 / shapes.positions if boundaries.read_at is not None and init == "identity" else 1
         return [
-            initial_feedback(kind, h.shape[-1], shapes.n_y, generator, torch.promote_types(h.dtype, torch.float32)).to(
-                h.device
-            )
+            share
+            * initial_feedback(
+                kind, h.shape[-1], shapes.n_y, generator, torch.promote_types(h.dtype, torch.float32)
+            ).to(h.device)
             for kind, h in zip(inits, shapes.h, strict=True)
         ]
 
@@ -154,6 +190,17 @@ class FeedbackPoints:
             'measure the error where it has fewer numbers (feedback_space="logits" for few classes), or raise the '
             "limit."
         )
+
+    @property
+    def encoder_blocks(self) -> int:
+        """How many blocks of the chain are an encoder's with a decoder behind it."""
+        return sum(block in self._encoder for block in self.chain) if self.chain[-1] not in self._encoder else 0
+
+    def _reading(self, block: nn.Module) -> list[nn.Module]:
+        """The blocks that read what ``block`` makes: the next, or all of a decoder below which it ends an encoder."""
+        place = self.chain.index(block) + 1
+        next_is_decoder = block in self._encoder and self.chain[place] not in self._encoder
+        return self.chain[place:] if next_is_decoder else [self.chain[place]]
 
     def _pooled(self, output: nn.Module | None) -> set[int]:
         """The boundaries in an encoder, if y is not in it."""

@@ -9,8 +9,9 @@ same step.
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
@@ -18,16 +19,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from grape_hf.alignment import delta_alignment, delta_products, exact_alignment, feedback_alignment
+from grape_hf.alignment import delta_alignment, delta_products, feedback_alignment, replayed_alignment
 from grape_hf.baselines import dkp
+from grape_hf.boundaries import OutputNotReachedError, ReadAt
 from grape_hf.calibration import CalibrationSchedule
+from grape_hf.calls import Calls, ModelCall, NoCallError
 from grape_hf.feedback import Feedback, refit_moments
 from grape_hf.guard import DriftGuard, FiniteGuard
 from grape_hf.isolation import forget_compiled_code, isolated
 from grape_hf.jacobian import JacobianSum, Noise, jacobian_terms
+from grape_hf.modes import Forward, Keep, OutputReached
 from grape_hf.points import FeedbackPoints
+from grape_hf.probe import read_position
 from grape_hf.ranks import ALONE, Ranks, is_sharded
+from grape_hf.samples import Sampler
 from grape_hf.star import Matrix
 from grape_hf.tangents import ForwardModeError, JvpMode
 from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
@@ -75,17 +82,115 @@ class GrapeRun:
                 'GrAPE: the recommended settings are for Transformers; for convolutions try grape_preset="convnet".'
             )
         self._batch_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        self.calls = Calls(model, self._points.chain, self._points.encoder_blocks)
         self.current_step: int | None = None
         self.calibrating = False
         self.metrics: dict[str, Tensor | float] = {}
+        self._changing: list[str] = []  # parameters that a forward changes
+        self._known_changes: set[bool] = set()  # whether that is known of forwards in evaluation, and in training
+        self._forwards: list[Forward] = []  # of the micro-batch under way
+        self._batch: Any = None
+        self._seen_error, self._taken_error, self._positions = False, False, 1
+        self._found_read_at: ReadAt | None = None
+        self._sampler = Sampler(self.sharded)
         self._hooks = ExitStack()
         self._started = False
+
+    @contextmanager
+    def micro_batch(
+        self,
+        step: int,
+        steps_per_epoch: int | None,
+        started: Callable[[], object],
+        loss: Callable[[], object] | None = None,
+        batch: Any = None,
+    ) -> Iterator[None]:
+        """Enclose the forward, loss and backward of one micro-batch, whoever computes them.
+
+        The first time, the run starts when the model is called with gradients, by that very call.
+
+        Args:
+            step: the optimiser step that the micro-batch belongs to.
+            steps_per_epoch: as for ``start``.
+            started: called when the run has started.
+            loss: computes the loss once more, if it calls the blocks by themselves; None if it calls the model.
+            batch: the micro-batch; its masks count where the model is called without.
+
+        Raises:
+            NoCallError: the first time, if the blocks ran and no module that holds them all was called.
+            RuntimeError: the first time, if nothing ran with gradients.
+        """
+        self.calls.remember_randomness = bool(self.options.alignment_steps)
+        self.calls.made, self._batch = [], batch
+        self.calls.masks.note_batch(batch)
+        self.calls.loss = None if loss is None else self.calls.call(loss, (), {})
+        with ExitStack() as stack:
+
+            def begin(call: ModelCall | None = None) -> None:
+                if call is not None:
+                    self.calls.begun = None
+                    with self.calls.aside():
+                        self.start(call, steps_per_epoch)
+                    started()
+                self.begin_step(step)
+                self._forwards = stack.enter_context(self.step())
+
+            if self.started:
+                begin()
+            else:
+                self._hooks.enter_context(self.calls.attached())
+                if "torch._dynamo" in sys.modules:  # what is compiled now would not know hooks that come half-way
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                if self.calls.loss is None:
+                    self.calls.begun = begin
+                else:
+                    begin(self.calls.loss)
+            try:
+                yield
+            except NoCallError:
+                self.close()
+                raise
+        if not self.started:
+            self.close()
+            raise RuntimeError(
+                f"no forward with gradients through the blocks ({self.block_names[0]}, ...) took place inside "
+                "`compute_loss`. A loss that runs the model without gradients first, and with them in the backward (a "
+                "cached loss), cannot be trained by direct feedback: compute it at once, or use "
+                'method="bp".'
+            )
+
+    def look_again(self, places: Sequence[int], labels: Any = None) -> None:
+        """Make what is due beside a micro-batch, by calls of the model like those that it has just made.
+
+        Args:
+            places: of the micro-batch's samples in the global batch.
+            labels: of the samples, if the model is called without.
+        """
+        if not self._seen_error and self._forwards:
+            self._see_first_error(labels)
+        for forward, made in zip(self._forwards, self.calls.made, strict=False):
+            forward.call = forward.call or made  # a compiled forward does not know it
+        call = next((f.call for f in self._forwards if f.reached and f.call is not None), None)
+        if self.estimating and call is not None:
+            share = self._sampler.take(call, places, self.sampled(places), self._first_activation)
+            if share is not None:
+                targets = share.targets(labels if isinstance(labels, Tensor) else None)
+                self.calls.masks.note_batch(self._batch, share.rows)
+                self.boundaries.read = self._read_by(call, share.rows)
+                self.estimate(share.call, share.places, counts=share.counts, targets=targets)
+        if self.measuring:
+            self.calls.masks.note_batch(self._batch)
+            self.measure(self._forwards)
+        self._forwards, self._batch = [], None
+        self.calls.made, self.calls.loss = [], None
+        self.calls.masks.note_batch(None)
+        self.calls.forget()
 
     def start(self, forward: Callable[[], object], steps_per_epoch: int | None = None) -> None:
         """Look at the shapes in one forward, make the feedback matrices, attach the hooks.
 
         Args:
-            forward: runs the model on a sample or more.
+            forward: runs the model on a sample or more, and returns what the model does.
             steps_per_epoch: optimiser steps in an epoch, None where unknown.
 
         Raises:
@@ -94,14 +199,22 @@ class GrapeRun:
                 would have to run with other weights.
             RuntimeError: if the blocks do not run once each, in order, each on the output of the one before.
         """
-        self.close()
+        if self._started or not isinstance(forward, ModelCall):
+            self.close()
         self.schedule = calibration_schedule(self.options, self.seed, steps_per_epoch)
         options, points = self.options, self._points
-        space, self.boundaries, shapes = points.look(forward, self.sharded)
+        calls = self.calls if isinstance(forward, ModelCall) else None
+        space, self.boundaries, shapes = points.look(forward, self.sharded, calls, self._agreed)
+        self._changing, self._known_changes = shapes.changed, {False}
+        self.boundaries.read_at = self._as_first_rank(self.boundaries.read_at)
         points.refuse_size(shapes)
         self.boundaries.sizes = [h.shape[-1] for h in shapes.h]
         # Each rank has looked at samples of its own.
-        B = self.ranks.first(points.initial_feedback(space, self.boundaries, shapes, forward, self.seed))
+        some = forward
+        if isinstance(forward, ModelCall) and (number := forward.samples) is not None:
+            some = forward.take(range(min(number, 32)))  # the Jacobian of a shortcut path is a mean over samples
+        B = self.ranks.first(points.initial_feedback(space, self.boundaries, shapes, some, self.seed))
+        self._reshard()
         finite = FiniteGuard(options.max_skipped_refinements)
         rate = options.feedback_lr or 0.0
         self.feedback = Feedback(B, options.feedback_rule or "lms", rate, self._normalize(), finite)
@@ -110,9 +223,15 @@ class GrapeRun:
         )
         self._frozen_identity = self._is_frozen_identity()
         self.jvp_mode = self._jvp_mode()
+        if options.perturbation_space == "weight" and shapes.apart:
+            raise ValueError(
+                f'perturbation_space="weight" perturbs the weights of a block and takes its output for h_l, and the '
+                f"model changes that of {self.block_names[shapes.apart[0]]} before the next block reads it. Use "
+                'perturbation_space="activation".'
+            )
         self.spaces = [
-            "weight" if self._in_weight_space(block, h.shape[-1]) else "activation"
-            for block, h in zip(self.blocks, shapes.h, strict=False)
+            "weight" if index not in shapes.apart and self._in_weight_space(block, h.shape[-1]) else "activation"
+            for index, (block, h) in enumerate(zip(self.blocks, shapes.h, strict=False))
         ]
         if self.sharded and "weight" in self.spaces:
             raise ValueError(
@@ -171,6 +290,84 @@ class GrapeRun:
         share = Fraction(str(self.options.jvp_fraction))
         return [i for i, place in enumerate(places) if ceil((place + 1) * share) > ceil(place * share)]
 
+    def _see_first_error(self, labels: Any) -> None:
+        """See by the first error whether the loss reads one position of y, where the model itself returns no loss."""
+        self._seen_error, e = True, self._forwards[0].e
+        if self.boundaries.read_at is not None or e is None or self.sharded:
+            return
+        vectors = self.boundaries.layout.vectors(e)
+        self._positions = vectors.shape[1]
+        of_tokens = isinstance(labels, Tensor) and labels.ndim > 1 and self._positions in labels.shape[1:]
+        self._found_read_at = None if of_tokens else read_position(vectors)
+
+    def _take_first_error(self) -> None:
+        """Pair errors as the first one asks for, from the next step on: a step's micro-batches are paired alike."""
+        found, self._found_read_at = self._as_first_rank(self._found_read_at), None
+        self._taken_error = True
+        if found is None or self.boundaries.read_at is not None:
+            return
+        self.boundaries.read_at, self._estimate = found, JacobianSum()  # that was of other pairs
+        starts = [b.shape[0] == b.shape[1] and torch.equal(b, torch.eye(len(b)).to(b)) for b in self.feedback.B]
+        shared = [b / self._positions if start else b for b, start in zip(self.feedback.B, starts, strict=True)]
+        self.feedback.B = self.ranks.first(shared)
+        self._frozen_identity = self._is_frozen_identity()
+
+    def _read_by(self, call: ModelCall, rows: list[int] | None) -> Tensor | None:
+        """Where the loss read y in a call, ``(batch, positions)``, for these samples; None if that is everywhere."""
+        e = next((forward.e for forward in self._forwards if forward.call is call), None)
+        if self.boundaries.read_at is None or e is None or (rows is not None and len(e) != call.samples):
+            return None
+        read = self.boundaries.layout.vectors(e).ne(0).any(-1)
+        return read if rows is None else read[torch.tensor(rows, device=read.device)]
+
+    def _first_activation(self, call: ModelCall) -> Tensor:
+        found: list[Tensor] = []
+
+        def keep(index: int, h: Tensor, *_: object) -> Tensor:
+            found.append(h.detach())
+            raise OutputReached
+
+        with (
+            self._on_the_side(),
+            torch.enable_grad(),
+            suppress(OutputNotReachedError),
+            self.boundaries.perturb(keep),
+        ):
+            call()
+        return found[0]
+
+    @contextmanager
+    def _on_the_side(self, deterministic: bool = True) -> Iterator[None]:
+        """Enclose a forward that leaves no trace."""
+        known = deterministic in self._known_changes
+        with isolated(self.model, deterministic, self._changing if known else "all") as trace, self.calls.aside():
+            yield
+        if not known:  # the first of its kind: RWKV changes weights only in evaluation
+            self._known_changes.add(deterministic)
+            self._changing = sorted({*self._changing, *trace.changed})
+        self._reshard()
+
+    def _reshard(self) -> None:
+        """Let FSDP2 put back the shards that a forward without a backward has left whole."""
+        for module in self.model.modules() if self.sharded else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _as_first_rank(self, read_at: ReadAt | None) -> ReadAt | None:
+        """Return what rank 0 has seen; each rank has looked at samples of its own."""
+        if self.ranks.count == 1:
+            return read_at
+        seen: list[ReadAt | None] = [None, "first", "last"]
+        device = next(self.model.parameters()).device
+        number = torch.tensor(seen.index(read_at), device="cpu" if device.type == "meta" else device)
+        return seen[int(self.ranks.first([number])[0])]
+
+    def _agreed(self, holds: bool) -> bool:
+        """Return whether something holds on all ranks."""
+        device = next(self.model.parameters()).device
+        flag = torch.tensor(int(not holds), device="cpu" if device.type == "meta" else device)
+        return not int(self.ranks.total([flag])[0])
+
     def estimate(
         self,
         forward: Callable[[], object],
@@ -193,7 +390,7 @@ class GrapeRun:
         B = self.feedback.B if self.feedback.rule == "lms" else None
 
         def terms(mode: JvpMode) -> JacobianSum:
-            with isolated(self.model):
+            with self._on_the_side():
                 return jacobian_terms(
                     self.boundaries,
                     forward,
@@ -219,47 +416,50 @@ class GrapeRun:
             self._estimate.add(found)
 
     @contextmanager
-    def step(self, mask: Tensor | None = None) -> Iterator[None]:
+    def step(self, mask: Tensor | None = None) -> Iterator[list[Forward]]:
         """Enclose the forward and backward of one micro-batch: a star, or at a calibration step a chain.
 
         Args:
-            mask: ``(batch, positions)``, nonzero where a position is not padding.
+            mask: ``(batch, positions)``, nonzero where a position is not padding, if that is not to be taken from what
+                the model is called with.
         """
         if self.drift.everywhere:
-            yield
+            yield []
             return
         learns_in_place = self.options.method == "dkp"
         B: list[Matrix | None] = [
             None if not self.drift.cuts(i) else "identity" if self._frozen_identity else b
             for i, b in enumerate(self.feedback.B)
         ]
-        if not self.calibrating and not learns_in_place:
-            with self.boundaries.broadcast(B, mask):
-                yield
+        if self.calibrating:
+            with self.boundaries.record(mask) as forwards:
+                yield forwards
+            if learns_in_place:
+                self._add_weight_gradients(forwards)
+            with torch.no_grad():
+                self._add_products(delta_products(forwards, self.feedback.B))
+                if self.options.calibration_refit and forwards:
+                    self._add_moments(refit_moments(forwards, len(self.boundaries), self.feedback.B))
             return
-        chain = self.calibrating
-        with self.boundaries.record() if chain else self.boundaries.broadcast(B, mask, keep=True) as forwards:
-            yield
-        if learns_in_place:
-            gradients = dkp.products(forwards, self.feedback.B, mask)
-            earlier = self._weight_gradients or [torch.zeros_like(g) for g in gradients]
-            self._weight_gradients = [a + b for a, b in zip(earlier, gradients, strict=True)]
-        if not self.calibrating:
-            return
-        with torch.no_grad():
-            self._add_products(delta_products(forwards, self.feedback.B, mask))
-            if self.options.calibration_refit and forwards:
-                self._add_moments(refit_moments(forwards, len(self.boundaries)))
+        reads = self.boundaries.read_at is not None and self.estimating
+        wanted = self.measuring or reads or not self._seen_error
+        keep: Keep = "h and e" if learns_in_place else "e" if wanted else "nothing"
+        with self.boundaries.broadcast(B, mask, keep) as forwards:
+            yield forwards
+            if learns_in_place:
+                self._add_weight_gradients(forwards)
 
-    def measure(self, loss: Callable[[], Tensor], mask: Tensor | None = None) -> None:
-        """Measure cos(B_l e, delta_l) on the side, by an ordinary backward that reaches no parameter.
+    def measure(self, forwards: Sequence[Forward]) -> None:
+        """Measure cos(B_l e, delta_l) by calling the model once more for each forward of the step, without its loss.
 
         Args:
-            loss: runs the model and returns its loss.
-            mask: as in ``step``.
+            forwards: what ``step`` handed out, after the backward.
         """
-        with isolated(self.model, deterministic=False):
-            self._add_products(exact_alignment(self.boundaries, loss, self.feedback.B, mask))
+        for call in {id(forward.call): forward.call for forward in forwards if forward.call is not None}.values():
+            errors = [forward.e for forward in forwards if forward.call is call]
+            with self._on_the_side(deterministic=False):
+                call.same_randomness()
+                self._add_products(replayed_alignment(self.boundaries, call, errors, self.feedback.B))
 
     def finish_step(self, rate: float = 0.0, decay: float = 0.0) -> None:
         """Refine the feedback by what this optimiser step gathered on all ranks.
@@ -269,6 +469,8 @@ class GrapeRun:
             decay: weight decay of the weights.
         """
         assert self.current_step is not None
+        if not self._taken_error:
+            self._take_first_error()
         if self.estimating:
             if not self._estimate.sums:  # other ranks may hold the samples
                 zeros = [b.new_zeros(b.mT.shape) for b in self.feedback.B]
@@ -330,6 +532,7 @@ class GrapeRun:
             "schedule": self.schedule.state_dict(),
             "jvp_mode": self.jvp_mode,
             "seed": self.seed,
+            "read_at": self.boundaries.read_at,
             "skipped": self.feedback.guard.state_dict(),
             "drift": self.drift.state_dict(),
         }
@@ -341,9 +544,11 @@ class GrapeRun:
         try:
             state = json.loads(path.read_text())
             self.schedule.load_state_dict(state["schedule"])
-            self.jvp_mode = state["jvp_mode"]
+            if self.options.jvp_mode == "auto":  # it may have found out that dual numbers do not work
+                self.jvp_mode = state["jvp_mode"]
             self.feedback.guard.load_state_dict(state["skipped"], self.feedback.B[0].device)
             self.drift.load_state_dict(state["drift"])
+            self.boundaries.read_at = self.boundaries.read_at or state["read_at"]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"cannot read the state of the calibration schedule in {path}: {error!r}. The checkpoint is "
@@ -380,6 +585,11 @@ class GrapeRun:
     def _in_weight_space(self, block: nn.Module, n_l: int) -> bool:
         space = self.options.perturbation_space
         return space == "weight" or (space == "auto" and sum(p.numel() for p in block.parameters()) < n_l)
+
+    def _add_weight_gradients(self, forwards: Sequence[Forward]) -> None:
+        gradients = dkp.products(forwards, self.feedback.B)
+        earlier = self._weight_gradients or [torch.zeros_like(g) for g in gradients]
+        self._weight_gradients = [a + b for a, b in zip(earlier, gradients, strict=True)]
 
     def _add_products(self, products: Tensor) -> None:
         self._products = products if self._products is None else self._products + products

@@ -91,7 +91,8 @@ def dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callab
             v = inject(index, primal, block, args, kwargs)
             if v is None:
                 return primal if tangent is None else h
-            return forward_ad.make_dual(primal, v if tangent is None else tangent + v)
+            # A copy: a block that begins in place would change v, from which lms predicts.
+            return forward_ad.make_dual(primal, v.clone() if tangent is None else tangent + v)
 
         # Of the fused attention kernels none has a forward-mode rule (pytorch#128971, #98164), the math backend does.
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _ConstantFactors():

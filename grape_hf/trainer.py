@@ -3,7 +3,7 @@
 A step is a GrAPE step or a calibration step, decided once per optimiser step. Either way the stock ``training_step``
 does the work; what differs is the mode that the hooks on the model's blocks are in meanwhile. Beside that, an estimate
 of the Jacobians is made on part of the batch now and then. What a step does is told in ``run.py``; here is what the
-Trainer has to say to it: which step, which samples, which padding, where checkpoints lie.
+Trainer has to say to it: which step, which samples, where checkpoints lie.
 """
 
 import dataclasses
@@ -11,10 +11,10 @@ import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from transformers import Trainer
@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from grape_hf.baselines import BASELINES, make_baseline
 from grape_hf.baselines.base import Baseline, MicroBatch
+from grape_hf.calls import NoCallError
 from grape_hf.checkpoints import checkpoint_to_resume, complete_save
 from grape_hf.log_names import log_names
 from grape_hf.parallelism import refuse_parallelism
@@ -54,6 +55,7 @@ class GrapeMixin(PushMixin):
         self._steps_per_epoch: int | None = None
         self._baseline: Baseline | None = None
         self._micro_batch = (-1, 0)  # optimiser step, number within it
+        self._blocks_alone = False  # whether the loss calls the blocks one by one, and so has to be computed again
         self._card_arguments: dict[str, Any] = {}
         self.grape_options = options_of(self.args)
         if self.grape_options.method != "bp":
@@ -83,21 +85,19 @@ class GrapeMixin(PushMixin):
                 return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
         if run is None:
             return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
-        # As the stock step does: an evaluation before it must not change the estimate. A schedule-free optimiser has
-        # other weights for an evaluation.
-        model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
-        if not run.started:
-            self._start(run, inputs)
-        run.begin_step(self.state.global_step)
-        if run.estimating:
-            self._estimate(run, inputs)
-        if run.measuring:
-            prepared = self._prepare_inputs(inputs)
-            run.measure(lambda: self._loss(prepared, num_items_in_batch), self._padding_mask(prepared))
-        with run.step(self._padding_mask(inputs)):
-            loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+
+        def step() -> Tensor:
+            again = partial(self._loss, model, inputs, num_items_in_batch) if self._blocks_alone else None
+            resume = partial(self._resume, run)
+            with run.micro_batch(self.state.global_step, self._steps_per_epoch, resume, again, inputs):
+                return super(GrapeMixin, self).training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+
+        try:
+            loss = step()
+        except NoCallError:  # at the first step, before anything was computed
+            self._blocks_alone = True
+            loss = step()
+        run.look_again(self._places(inputs), inputs.get("labels") if isinstance(inputs, Mapping) else None)
         if self.accelerator.sync_gradients:
             rate = self.optimizer.param_groups[0]["lr"]
             run.finish_step(rate, self.args.weight_decay)
@@ -110,27 +110,17 @@ class GrapeMixin(PushMixin):
     def _places(self, inputs: dict[str, Any]) -> range:
         """Where the samples of this micro-batch stand in the global batch, however that is split (METHOD.md)."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        samples = find_batch_size(inputs) or 1
+        samples = _samples_in(inputs)
         whole = self._train_batch_size * (1 if self.accelerator.split_batches else ranks)  # of a micro-batch, all ranks
         # The batches of an epoch's end are smaller: one rank's, or where one rank reads for all, everyone's.
         dispatched = isinstance(self.callback_handler.train_dataloader, DataLoaderDispatcher)
         first = self._micro_batch[1] * whole + rank * (samples if dispatched else whole // ranks)
         return range(first, first + samples)
 
-    def _estimate(self, run: GrapeRun, inputs: dict[str, Any]) -> None:
-        places = self._places(inputs)
-        chosen = run.sampled(places)
-        if chosen or run.sharded:
-            some = chosen or [0]
-            taken = self._prepare_inputs(take_samples(inputs, some, len(places)))
-            mask = self._padding_mask(taken)
-            own = [places[i] for i in some]
-            run.estimate(lambda: self._loss(taken), own, mask, counts=bool(chosen), targets=target_mask(taken))
-
-    def _loss(self, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
+        prepared = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            # A copy: compute_loss takes labels out.
-            return self.compute_loss(self.model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            return self.compute_loss(model, prepared, num_items_in_batch=num_items_in_batch)
 
     def _current_run(self) -> GrapeRun | None:
         """The run under way, begun now if this is the first step; None where every step is ordinary."""
@@ -146,12 +136,8 @@ class GrapeMixin(PushMixin):
         restartable = bool(getattr(self.args, "enable_jit_checkpoint", False))
         return None if self._baseline else GrapeRun(self.model, self.grape_options, self.args.seed, ranks, restartable)
 
-    def _start(self, run: GrapeRun, inputs: dict[str, Any]) -> None:
-        batch = find_batch_size(inputs) or 1
-        # One shows the shapes; the Jacobian of a shortcut path is a mean over samples.
-        number = min(batch, 32 if self.grape_options.feedback_init == "identity" else 1)
-        samples = self._prepare_inputs(take_samples(inputs, list(range(number)), batch))
-        run.start(lambda: self._loss(samples), self._steps_per_epoch)
+    def _resume(self, run: GrapeRun) -> None:
+        """Read what the checkpoint says that this training resumes from."""
         if self._resumed_from is None:
             return
         if any((self._resumed_from / name).exists() for name in (FEEDBACK_NAME, STATE_NAME)):
@@ -162,15 +148,11 @@ class GrapeMixin(PushMixin):
                 "or holds the model only. B_l and the calibration schedule start afresh."
             )
 
-    def _padding_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        mask = inputs.get("attention_mask")
-        return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Entered once per train(), and again by auto_find_batch_size: each time a fresh run, with the options that the
         # arguments hold now (a hyperparameter search changes them).
         self._run, self._resumed_from, self.grape_options = None, None, options_of(self.args)
-        self._baseline, self._micro_batch = None, (-1, 0)
+        self._baseline, self._micro_batch, self._blocks_alone = None, (-1, 0), False
         training = [(module, module.training) for module in self.model.modules()]
         try:
             return super()._inner_training_loop(*args, **kwargs)
@@ -372,30 +354,9 @@ def options_of(args: Any) -> GrapeArgumentsMixin:
     return GrapeArgumentsMixin(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
-def target_mask(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Return which positions of the targets are no padding, ``(batch, positions)``; None where nothing says so.
-
-    That is ``decoder_attention_mask``; or else all up to a sample's last label that is not -100, which is how
-    collators pad labels. A position in front of it that has no label (a prompt) counts: it is no padding, and its
-    Jacobian goes into the mean like any other, although no error arises there.
-    """
-    mask = inputs.get("decoder_attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask
-    labels = inputs.get("labels")
-    if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.is_floating_point():
-        return None
-    return (labels != -100).flip(1).cumsum(1).flip(1) > 0
-
-
-def take_samples(inputs: Any, chosen: list[int], batch: int) -> Any:
-    """Pick samples out of a batch of ``batch``: from every tensor and list in it of that length."""
-    if isinstance(inputs, Mapping):
-        return {name: take_samples(value, chosen, batch) for name, value in inputs.items()}
-    if isinstance(inputs, Tensor):
-        if inputs.ndim == 0 or len(inputs) != batch:
-            return inputs
-        return inputs[torch.tensor(chosen, device=inputs.device)]
-    if isinstance(inputs, list | tuple) and len(inputs) == batch:
-        return type(inputs)(inputs[i] for i in chosen)
-    return inputs
+def _samples_in(inputs: Any) -> int:
+    """Count the samples of a batch: its rows, if that is what it holds, or the length of its tensors."""
+    rows = isinstance(inputs, list | tuple) and not any(isinstance(row, Tensor) for row in inputs)
+    if rows and len({type(row) for row in inputs}) == 1:
+        return len(inputs)
+    return find_batch_size(inputs) or 1

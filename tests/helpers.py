@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
+from grape_hf.log_names import PREFIX
 
 # Estimates often enough to matter in a run of a few steps.
 LEARNED = {"method": "grape", "jvp_every": 1, "jvp_fraction": 1.0, "feedback_lr": 0.1}
@@ -82,13 +83,23 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()} | feedback
 
 
-def logged(trainer: Trainer, name: str) -> list[tuple[int, Any]]:
-    """(step, value) of everything logged under a name."""
-    return [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
+def logged(trainer: Trainer, name: str, at_all: bool = True) -> list[tuple[int, Any]]:
+    """(step, value) of everything logged under a name. That there is nothing is an error, unless it may be so."""
+    found = [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
+    assert found or not at_all, f"nothing is logged under {name}"
+    return found
+
+
+def log_of_grape(history: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:
+    """All that GrAPE logged, by step and name. That it logged nothing is an error."""
+    found = {(entry["step"], name): entry[name] for entry in history for name in entry if name.startswith(PREFIX)}
+    assert found, "nothing to compare"
+    return found
 
 
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: Any) -> None:
-    """Compare by name; bit for bit unless a tolerance is given."""
+    """Compare by name; bit for bit unless a tolerance is given. That there is nothing to compare is an error."""
+    assert expected, "nothing to compare"
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
@@ -97,7 +108,8 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], **tolerance
 
 
 def differ(a: dict[str, Tensor], b: dict[str, Tensor]) -> set[str]:
-    """Names of what is not the same."""
+    """Names of what is not the same. That there is nothing to compare is an error."""
+    assert a, "nothing to compare"
     return {name for name in a if not torch.equal(a[name], b[name])}
 
 

@@ -277,7 +277,7 @@ def test_a_block_may_begin_by_changing_its_input_in_place():
         gradients.append([p.grad for p in net.parameters()])
         with boundaries.attached(), boundaries.record() as forwards:
             net(x).square().sum().backward()
-        gradients[-1] += [h.grad for h in forwards[0].h.values()]
+        gradients[-1] += [forwards[0].delta[index] for index in range(2)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -373,7 +373,8 @@ def test_timm_models_train(architecture, tmp_path):
     assert len(moved) > 0.9 * len(before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     counters = [b.item() for name, b in model.named_buffers() if name.endswith("num_batches_tracked")]
-    assert counters == [2] * len(counters)  # once a step: neither by the estimate nor by the measurement
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert counters == [2] * len(norms)  # once a step: neither by the estimate nor by the measurement
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)

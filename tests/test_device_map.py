@@ -20,9 +20,9 @@ from grape_hf.baselines import dkp
 from grape_hf.boundaries import Boundaries
 from grape_hf.feedback import Feedback, refit_moments
 from grape_hf.jacobian import JacobianSum, Noise, jacobian_terms
-from grape_hf.layout import Layout
+from grape_hf.layout import Layout, Pairing
 from grape_hf.modes import Forward
-from grape_hf.star import Broadcast, project_error
+from grape_hf.star import Broadcast, Receive, Star, project_error
 
 DEVICES = ["cuda:0", "cuda:1", "cuda:2"]
 BATCH, POSITIONS, WIDTH = 2, 3, 4
@@ -94,34 +94,38 @@ def test_errors_and_exact_deltas(per_sample, fake):
     layout, B = Layout(), feedback(WIDTH)
     mask = torch.ones(BATCH, POSITIONS, device=DEVICES[0])
     y = torch.randn(BATCH, 1 if per_sample else POSITIONS, WIDTH, device=DEVICES[2])
-    y.grad = torch.randn_like(y)
+    e, pairings = torch.randn_like(y), {i: Pairing(layout, padding=mask) for i in range(2)}
     h = {i: torch.randn(BATCH, POSITIONS, WIDTH, device=device) for i, device in enumerate(DEVICES[:-1])}
-    on_their_devices([project_error(y.grad, b, h[i].shape, mask, layout) for i, b in enumerate(B)])
-    nothing_trained = [Forward(layout, dict(h), y)]
+    on_their_devices([project_error(e, b, h[i].shape, pairings[i]) for i, b in enumerate(B)])
+    nothing_trained = [Forward(dict(h), pairings, y=y)]
     on_their_devices([m for pair in refit_moments(nothing_trained, 2) for m in pair[:1]])
-    for t in h.values():
-        t.grad = torch.randn_like(t)
-    forwards = [Forward(layout, h, y)]
-    assert str(delta_alignment(delta_products(forwards, B, mask)).device) == DEVICES[0]
+    forwards = [Forward(h, pairings, {i: torch.randn_like(t) for i, t in h.items()}, y, {0: e})]
+    assert str(delta_alignment(delta_products(forwards, B)).device) == DEVICES[0]
     moments = refit_moments(forwards, 2)
     on_their_devices([ee for ee, _ in moments])
     learner = Feedback(B)
     learner.refit(moments)
     on_their_devices(learner.B)
-    on_their_devices(dkp.products(forwards, B, mask))
+    on_their_devices(dkp.products(forwards, B))
 
 
 def test_a_receiver_is_answered_on_its_device(fake):
-    """The scalars by which ``Broadcast`` knows its receivers, and the zeros that it sends them."""
-    context = type("Context", (), {})()
-    y = torch.randn(BATCH, POSITIONS, WIDTH, device=DEVICES[2])
-    star = type("Star", (), {})()
-    Broadcast.forward(context, star, y, *(torch.zeros((), device=device) for device in DEVICES[:-1]))
-    context.star = star
-    none, e, *zeros = Broadcast.backward.__wrapped__(context, torch.randn_like(y))
-    assert none is None
+    """The scalar by which a node knows the one before it, and the zero that it sends there."""
+    first, second, y_context = (type("Context", (), {})() for _ in range(3))
+    h = [torch.randn(BATCH, POSITIONS, WIDTH, device=device) for device in DEVICES]
+    star, B = Star(), feedback(WIDTH)
+    token = Receive.forward(first, h[0], None, B[0], star, None, Pairing())
+    later = Receive.forward(second, h[1], token, B[1], star, None, Pairing())
+    on_their_devices([token, later])
+    Broadcast.forward(y_context, h[2], later, star, 2)
+    star.site = 2
+    e, to_second, *_ = Broadcast.backward.__wrapped__(y_context, torch.randn_like(h[2]))
     assert str(e.device) == DEVICES[2]
-    on_their_devices(zeros)
+    second_delta, to_first, *_ = Receive.backward.__wrapped__(second, to_second)
+    first_delta, to_none, *_ = Receive.backward.__wrapped__(first, to_first)
+    on_their_devices([to_first, to_second])
+    on_their_devices([first_delta, second_delta])
+    assert to_none is None
 
 
 # --- accelerate's hooks ----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from grape_hf.feedback import exact_pair
 from grape_hf.isolation import isolated
 from grape_hf.jacobian import JacobianSum, Noise, jacobian_terms
 from grape_hf.run import GrapeRun
-from grape_hf.trainer import target_mask
+from grape_hf.samples import target_mask
 
 T5, BART = (next(m for m in MODELS if m.name == f"encoder-decoder-{family}") for family in ("t5", "bart"))
 ENCODER = 2  # blocks of the encoder, in front of three of the decoder
@@ -75,11 +75,11 @@ def reference(model: nn.Module, batch: dict[str, Tensor], B: list[Tensor]) -> di
     add(loss, None)
     e = torch.autograd.grad(loss, top[0], retain_graph=True)[0]  # (batch, targets, n_y)
 
-    # The encoder's output as its decoder sees it: the encoder's last h, cut, and the norm behind it if there is one.
+    # The encoder's output as its decoder sees it: the encoder's last h, with the norm behind it if there is one, cut.
     args, kwargs = calls[ENCODER - 1]
     seen = blocks[ENCODER - 1](*args, **kwargs)
-    seen = (seen[0] if isinstance(seen, tuple) else seen).detach()
-    seen = encoder.final_layer_norm(seen) if hasattr(encoder, "final_layer_norm") else seen
+    seen = seen[0] if isinstance(seen, tuple) else seen
+    seen = (encoder.final_layer_norm(seen) if hasattr(encoder, "final_layer_norm") else seen).detach()
 
     for index, block in enumerate(blocks):
         args, kwargs = calls[index]
@@ -93,6 +93,8 @@ def reference(model: nn.Module, batch: dict[str, Tensor], B: list[Tensor]) -> di
             kwargs = kwargs | {"past_key_values": None}  # else keys and values of the ordinary forward
         h = block(*args, **kwargs)
         h = h[0] if isinstance(h, tuple) else h
+        if index == ENCODER - 1 and hasattr(encoder, "final_layer_norm"):
+            h = encoder.final_layer_norm(h)  # h_l is what the decoder reads: the norm is of one unit with the block
         if index < ENCODER:
             pooled = e.sum(1)
             delta = torch.stack([torch.stack([B[index] @ pooled[b]] * h.shape[1]) for b in range(len(h))])
@@ -119,7 +121,9 @@ def test_star_of_both_stacks(tiny, targets):
     for name, p in model.named_parameters():
         got = torch.zeros_like(p) if p.grad is None else p.grad
         torch.testing.assert_close(got, expected[name], msg=lambda text, name=name: f"{name}: {text}")
-    assert all(expected[name].any() for name in expected if "encoder" in name and "k_proj.bias" not in name)
+    encoders = [g for name, g in expected.items() if "encoder" in name and "k_proj.bias" not in name]
+    assert encoders
+    assert all(g.any() for g in encoders)
 
 
 def test_estimates_of_an_encoder_are_of_all_pairs_of_positions():
@@ -207,14 +211,14 @@ def test_what_says_where_targets_end():
 def test_exact_deltas_of_an_encoder_meet_the_summed_error():
     model, batch = BART.build().double(), batch_of(BART, targets=8)
     run = started(model, batch)
-    with run.boundaries.record() as forwards:
+    with run.boundaries.record(batch["attention_mask"]) as forwards:
         model(**batch).loss.backward()
     run.close()
     e, delta = exact_pair(forwards[0], 0)
-    torch.testing.assert_close(e, forwards[0].y.grad.sum(1, keepdim=True))
+    torch.testing.assert_close(e, forwards[0].e.sum(1, keepdim=True))
     assert delta.shape == (3, 8, 16)
     B = [torch.randn_like(b) for b in run.feedback.B]
-    products = delta_products(forwards, B, batch["attention_mask"])
+    products = delta_products(forwards, B)
     guess = (e @ B[0].mT).expand_as(delta) * batch["attention_mask"][..., None]
     expected = torch.stack([(guess * delta).sum(), guess.square().sum(), delta.square().sum()])
     torch.testing.assert_close(products[0], expected)

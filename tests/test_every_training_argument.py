@@ -156,6 +156,7 @@ def test_what_is_named_is_there(test):
     path = Path(__file__).parent / file
     assert name in functions_in(path)
     fields = set(FIELDS) & set(TESTED[test])
+    assert fields
     # In the test's file, or in what it imports for it: the name as such.
     text = path.read_text() + Path(__file__).with_name("helpers.py").read_text()
     unnamed = {f for f in fields if f not in text and not (f.startswith("fsdp") and "fsdp" in text)}

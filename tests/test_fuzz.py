@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from fuzzing import (
+    CHANGES,
     MODELS,
     OPTIONS,
     TRAINING,
@@ -31,12 +32,13 @@ from fuzzing import (
     attempt,
     changed_samples,
     proper_options,
+    some,
     training_options,
 )
 from helpers import assert_same, weights
-from hypothesis import given, note, settings
+from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
-from problems import Problem
+from problems import MLP, Problem
 from transformers import Trainer
 
 from grape_hf import GrapeArgumentsMixin
@@ -132,6 +134,7 @@ def test_any_options_train_finitely_or_are_refused(problem, options, training, n
     check(problem, problem.samples(number), {"max_steps": 3} | training | options, evaluating)
 
 
+@example(MLP, {}, {}, ("large", 8, some(CHANGES["large"], 1)))  # a change of numbers that the short profile never draws
 @settings(max_examples=2 * EXAMPLES)
 @given(problem=st.sampled_from(MODELS), options=proper_options, training=training_options, change=changed_samples())
 def test_any_samples_are_trained_on_as_well_as_the_stock_trainer_does(problem, options, training, change):

@@ -168,7 +168,7 @@ def test_weight_space_estimates_the_jacobian_times_s(mode):
     # c scales u to the size of h and is divided out again, so neither J S nor its estimate knows of it.
     expected = []
     for index, (block, jacobian_rows) in enumerate(
-        zip(model.blocks, _full_jacobians(model, boundaries, x), strict=False)
+        zip(model.blocks[:-1], _full_jacobians(model, boundaries, x), strict=True)
     ):
         inputs = _block_inputs(model, x)[index]
         weights = {name: p.detach() for name, p in block.named_parameters()}
@@ -334,15 +334,21 @@ def test_an_operator_without_a_forward_rule_is_reported():
         def forward(self, x):
             return Square.apply(super().forward(x))
 
-    blocks = nn.Sequential(nn.Linear(3, 3), Custom(3, 3))
-    boundaries = Boundaries(list(blocks))
+    class Usual(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).square()
+
+    first, x = nn.Linear(3, 3).double(), torch.randn(2, 3, dtype=torch.float64)
+    blocks, usual = (nn.Sequential(first, kind(3, 3).double()) for kind in (Custom, Usual))
+    usual.load_state_dict(blocks.state_dict())
+    boundaries, others = Boundaries(list(blocks)), Boundaries(list(usual))
     with boundaries.attached(), pytest.raises(ForwardModeError, match="jvp"):
-        jacobian_terms(boundaries, lambda: blocks(torch.randn(2, 3)), Noise(0, 0, range(2)))
+        jacobian_terms(boundaries, lambda: blocks(x), Noise(0, 0, range(2)))
     with boundaries.attached():
-        terms = jacobian_terms(
-            boundaries, lambda: blocks(torch.randn(2, 3)), Noise(0, 0, range(2)), mode="finite_difference"
-        )
-    assert torch.isfinite(terms.sums[0]).all()
+        terms = jacobian_terms(boundaries, lambda: blocks(x), Noise(0, 0, range(2)), mode="finite_difference")
+    with others.attached():  # the same square by an operator that has a rule
+        expected = jacobian_terms(others, lambda: usual(x), Noise(0, 0, range(2)))
+    torch.testing.assert_close(terms.sums[0], expected.sums[0], rtol=1e-4, atol=1e-4)
 
 
 def test_an_error_of_the_models_own_passes_through():
@@ -424,3 +430,57 @@ def test_shortcuts_through_constant_factors_change_no_tangent(function, dual):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("passes", ["joint", "per_block"])
+@pytest.mark.parametrize("mode", ["dual", "finite_difference"])
+def test_a_next_block_that_begins_in_place_changes_nothing(mode, passes):
+    """lms predicts from the tangent that was injected, and not from what a ReLU in place has made of it."""
+
+    class Pre(nn.Module):
+        def __init__(self, inplace: bool) -> None:
+            super().__init__()
+            self.act, self.conv = nn.ReLU(inplace=inplace), nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.conv(self.act(x)))
+
+    x, B = torch.randn(4, 3, 4, 4).double(), list(torch.randn(2, 48, 2).double())
+    sums = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Pre(inplace) for _ in range(3)), nn.Flatten(), nn.Linear(48, 2)).double()
+        boundaries = Boundaries(list(model[:3]), model[-1])
+        options = {"mode": mode, "B": B, "passes": passes}
+        with boundaries.attached():
+            terms = jacobian_terms(boundaries, lambda model=model: model(x.clone()), Noise(0, 0, range(4)), **options)
+        sums.append(terms.sums)
+    for a, b in zip(*sums, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_weights_of_a_block_whose_output_is_changed_before_it_is_read():
+    """u is a tangent of the block's output; h_l here is what the next block reads."""
+    from grape_hf import GrapeArgumentsMixin
+    from grape_hf.run import GrapeRun
+
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = 2 * block(x)
+            return x
+
+    model = Between()
+    for space, found in (("auto", ["activation", "activation"]), ("weight", None)):
+        run = GrapeRun(model, GrapeArgumentsMixin(grape_preset="paper", perturbation_space=space, blocks="blocks"))
+        if found is None:
+            with pytest.raises(ValueError, match=r'changes that of blocks\.0 .*perturbation_space="activation"'):
+                run.start(lambda: model(torch.randn(2, 4)), 10)
+        else:
+            run.start(lambda: model(torch.randn(2, 4)), 10)
+            assert run.spaces == found
+        run.close()

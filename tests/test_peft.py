@@ -76,6 +76,7 @@ def test_only_adapters_are_trained(problem, checkpointing, tmp_path):
     assert changed == {name for name in before if "lora_" in name}
     losses = [value for _, value in logged(trainer, "loss")]
     assert losses[-1] < losses[0]
+    assert len(trainer.feedback) == 2
     assert all(not torch.equal(b, torch.eye(16)) for b in trainer.feedback)
     assert not any(
         hook.__module__.startswith("grape_hf") for m in model.modules() for hook in m._forward_hooks.values()
@@ -120,7 +121,9 @@ def test_kinds_of_adapters_learn(kind, tmp_path):
     trainer.train()
     losses = [value for _, value in logged(trainer, "loss")]
     assert losses[-1] < losses[0]
+    assert trained
     assert all(not torch.equal(p, trained[name]) for name, p in model.named_parameters() if p.requires_grad)
+    assert len(trainer.feedback) == 2
     assert all(b.isfinite().all() for b in trainer.feedback)
     assert count_hooks(model) == 0
 

@@ -257,6 +257,7 @@ def test_our_tables_are_complete(file: Path):
     table = yaml.safe_load(file.read_text())
     assert (TOP / table["settings"]).is_file()
     assert set(table["paper"]) <= set(table["methods"])
+    assert table["methods"]
     assert all(options["method"] for options in table["methods"].values())
 
 

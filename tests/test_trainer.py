@@ -116,8 +116,9 @@ def test_data_order_and_dropout_masks_are_those_of_bp(problem, options, tmp_path
 
     ours = watch(WatchedGrape, arguments(tmp_path, gradient_accumulation_steps=2, **options))
     stock = watch(Watched, arguments(tmp_path, TrainingArguments, gradient_accumulation_steps=2))
-    assert len(ours) == len(stock) > 20
-    assert all(torch.equal(a, b) for a, b in zip(ours, stock, strict=True))
+    first_look = len(stock) // 20  # one forward of 20, before the first, in which nothing is learned
+    assert len(ours) - first_look == len(stock) > 20
+    assert all(torch.equal(a, b) for a, b in zip(ours[first_look:], stock, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["dual", "finite_difference"])
@@ -130,7 +131,10 @@ def test_estimates_and_measurements_leave_no_trace(problem, mode, tmp_path):
     assert len(logged(measured, "grape/alignment/estimate/mean")) == 10
     assert len(logged(measured, "grape/alignment/exact/mean")) == 5
     assert_same(weights(measured), weights(frozen))
-    assert_same(dict(measured.model.named_buffers()), dict(frozen.model.named_buffers()))
+    buffers = dict(frozen.model.named_buffers())
+    assert bool(buffers) == (problem is NOISY)
+    if buffers:
+        assert_same(dict(measured.model.named_buffers()), buffers)
     assert logged(measured, "loss") == logged(frozen, "loss")
 
 
@@ -161,8 +165,10 @@ def test_four_micro_batches_of_4_are_a_batch_of_16(problem, options, tmp_path):
     split = train(problem, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4, **run)
     assert_same(weights(split), weights(whole), rtol=1e-7, atol=1e-9)
     for name in ("grape/calibration/steps", "grape/alignment/exact/mean", "grape/alignment/estimate/h_1"):
-        assert dict(logged(split, name)) == pytest.approx(dict(logged(whole, name)), rel=1e-5)
-    assert bool(logged(split, "grape/alignment/estimate/mean")) == (options["method"] == "grape")
+        at_all = "estimate" not in name or options["method"] == "grape"
+        assert dict(logged(split, name, at_all)) == pytest.approx(dict(logged(whole, name, at_all)), rel=1e-5)
+    estimated = logged(split, "grape/alignment/estimate/mean", at_all=False)
+    assert bool(estimated) == (options["method"] == "grape")
     if "calibration_strategy" in options:
         assert 0 < logged(split, "grape/calibration/steps")[-1][1] < 8
 
@@ -386,7 +392,8 @@ def test_auto_find_batch_size_starts_again_with_less(tmp_path):
     )
     assert trainer._train_batch_size <= 4
     assert trainer.state.global_step == 10
-    assert max(hooks) == 3  # h_1, h_2 and y, after the new start as well
+    assert len(set(hooks)) == 1  # h_1, h_2, y and the calls, after the new start as well
+    assert hooks[0] > 3
     assert len(logged(trainer, "grape/alignment/estimate/mean")) == 10
 
 
@@ -483,5 +490,5 @@ def test_the_options_mix_with_other_arguments(tmp_path):
 def test_batch_norms_get_the_whole_batch(tmp_path):
     """A quarter of a batch of 4 is a single sample, of which a batch norm has no statistics."""
     trainer = train(NOISY, tmp_path, jvp_every=1, jvp_fraction=0.25)
-    assert all(torch.isfinite(b).all() for b in trainer.feedback)
+    assert_same(weights(trainer), weights(train(NOISY, tmp_path, jvp_every=1, jvp_fraction=1.0)))
     assert logged(trainer, "grape/alignment/estimate/mean")

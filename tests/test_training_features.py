@@ -47,7 +47,7 @@ def history(trainer: Trainer) -> list[dict[str, Any]]:
 def assert_same_run(ours: Trainer, stock: Trainer) -> None:
     learned = {name: p for name, p in weights(ours).items() if not name.startswith("B_")}
     assert_same(learned, weights(stock))
-    assert history(ours) == history(stock)
+    assert history(ours) == history(stock) != []
     assert ours.state.num_input_tokens_seen == stock.state.num_input_tokens_seen
 
 
@@ -506,7 +506,8 @@ def test_auto_find_batch_size_is_a_fresh_run_with_smaller_batches(options, tmp_p
     small.train()
     assert_same(weights(cramped), weights(small))
     for name in ("loss", "grape/calibration/steps", "grape/alignment/estimate/mean", "grape/alignment/exact/mean"):
-        assert logged(cramped, name) == logged(small, name)
+        at_all = "exact" not in name or "alignment_steps" in options
+        assert logged(cramped, name, at_all) == logged(small, name, at_all)
 
 
 # --- the best model, and the next run --------------------------------------------------------------------------------
@@ -533,6 +534,7 @@ def test_the_best_model_comes_with_its_feedback(only_model, tmp_path):
     best = trainer.state.best_global_step
     assert best < 10
     kept = found[10 if only_model else best]
+    assert len(trainer.feedback) == len(kept) == 2
     assert all(map(torch.equal, trainer.feedback, kept))
     assert not torch.equal(found[best][0], found[10][0])
 

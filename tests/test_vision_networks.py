@@ -131,16 +131,19 @@ def test_blocks_leave_their_input_alone(name: str):
 
 @networks
 def test_weights_start_as_he_prescribes(name: str):
-    model = timm.create_model(name)
+    model, seen = timm.create_model(name), 0
     for block in [model, *blocks_of(model)]:
         for module in block.children():
             if isinstance(module, nn.Conv2d):
+                seen += 1
                 # In front of a batch norm by the fan-out, as torchvision does, else by the fan-in.
                 channels = module.in_channels if module.bias is not None else module.out_channels
                 expected = (2 / (channels * module.weight[0, 0].numel())) ** 0.5
                 noise = expected / (2 * module.weight.numel()) ** 0.5  # of a standard deviation, for normal numbers
                 assert module.weight.std().item() == pytest.approx(expected, abs=5 * noise)
                 assert module.bias is None or not module.bias.any()
+    inside = "downsample"  # in a shortcut, one level deeper
+    assert seen == sum(isinstance(m, nn.Conv2d) and inside not in n for n, m in model.named_modules()) > 0
 
 
 # timm's conventions

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grape_hf.layout import align_positions
+from grape_hf.layout import SAME
 from grape_hf.modes import Forward
-from grape_hf.star import own_mask
 
 OPTIONS: dict[str, Any] = {
     "feedback_space": "logits",
@@ -37,26 +36,23 @@ OPTIONS: dict[str, Any] = {
 
 
 @torch.no_grad()
-def products(forwards: Sequence[Forward], B: Sequence[Tensor], mask: Tensor | None = None) -> list[Tensor]:
+def products(forwards: Sequence[Forward], B: Sequence[Tensor]) -> list[Tensor]:
     """Return sum_i h_l,i e_i^T of each boundary, ``(n_l, n_y)``, over forwards whose backward has run.
 
     Where y has other positions than h_l, a sample's e is summed over positions and goes with each position of h_l.
 
     Args:
-        forwards: what ``Boundaries.broadcast`` (with ``keep``) or ``Boundaries.record`` kept.
+        forwards: what ``Boundaries.broadcast`` kept: h and e.
         B: the feedback matrices, for shapes and dtypes.
-        mask: ``(batch, positions)``, nonzero where a position is not padding.
     """
     sums = [torch.zeros_like(b) for b in B]
-    for forward in (f for f in forwards if f.y is not None and f.y.grad is not None):
-        assert forward.y is not None
-        assert forward.y.grad is not None
+    for forward in forwards:
+        if (error := forward.e) is None:
+            continue
         for index, h in forward.h.items():
-            h = forward.layout.vectors(h.detach()).to(sums[index])
-            pooled, padding = index in forward.pooled, own_mask(mask, index, forward.pooled)
-            if padding is not None and padding.shape == h.shape[:2]:
-                h = h * padding.to(h)[..., None]
-            e = align_positions(forward.layout.vectors(forward.y.grad).to(h), h.shape[1], pooled)
+            pairing = forward.pairings.get(index, SAME)
+            h = pairing.unpadded(pairing.layout.vectors(h.detach()).to(sums[index]))
+            e = pairing.align(pairing.layout.vectors(error).to(h), h.shape[1])
             h = h if e.shape[1] == h.shape[1] else h.sum(1, keepdim=True)
             sums[index] += h.flatten(0, 1).mT @ e.flatten(0, 1)
     return sums

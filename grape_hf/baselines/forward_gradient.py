@@ -181,7 +181,7 @@ class _SlopeStar(Mode):
         self.h[index] = h
         return h.detach()
 
-    def at_output(self, y: Tensor) -> Tensor:
+    def at_output(self, y: Tensor, site: int) -> Tensor:
         if not self.h or not torch.is_grad_enabled():
             return y
         assert self.q is not None

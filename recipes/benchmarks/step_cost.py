@@ -207,12 +207,12 @@ def put_seams(trainer: Trainer, clock: Clock) -> None:
     timed(trainer, "training_step", "whole")
     timed(trainer.accelerator, "backward", "backward")
     if isinstance(trainer, GrapeTrainer) and trainer.grape_options.method != "bp":
-        timed(trainer, "_estimate", "estimate")
         current = trainer._current_run
 
         def with_seam() -> Any:  # each train() has a run of its own
             run = current()
             if run is not None and "finish_step" not in vars(run):
+                timed(run, "look_again", "estimate")
                 timed(run, "finish_step", "refinement")
             return run
 

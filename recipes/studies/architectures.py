@@ -72,14 +72,16 @@ def examine(tiny: TinyModel) -> dict[str, Any]:
     started = time.time()
     samples, model = tiny.samples(tiny.enough), tiny.build()
     row: dict[str, Any] = {"name": tiny.name, "parameters": sum(p.numel() for p in model.parameters())}
-    with isolated(model), torch.no_grad():
-        model(**stack(samples))  # transformers attaches hooks of its own in a first forward that returns router logits
+    with torch.no_grad():
+        model.eval()(
+            **stack(samples)
+        )  # transformers attaches hooks of its own in a first forward that returns router logits
     hooks = count_hooks(model)
     try:
         run = GrapeRun(model, GrapeTrainingArguments(use_cpu=True, report_to=[]))
         row |= {"blocks": len(run.blocks), "first": next(iter(find_blocks(model)))}
         if not run.single_block:
-            run.start(lambda: model(**stack(samples[:1])))  # the Trainer, too, shows it one sample
+            run.start(lambda: model(**stack(samples)))
     except (ValueError, RuntimeError) as error:
         row["result"] = f"refused: {error}"
         wrong = [] if tiny.refused and tiny.refused in str(error) else ["this refusal was not expected"]

@@ -25,7 +25,7 @@ class ExactJacobians:
     """
 
     def __init__(self, model: nn.Module, boundaries: Boundaries, forward: Callable[[], object]) -> None:
-        self.pooled = boundaries.pooled
+        self.pooled, self.read_at = boundaries.pooled, boundaries.read_at
         vectors, seen = boundaries.layout.vectors, list[Tensor]()
 
         def keep(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
@@ -57,7 +57,7 @@ class ExactJacobians:
                 own = torch.stack([own[:, s, :, s] for s in range(J.shape[1])], dim=1)  # (B, S, n_y, n_l)
                 means.append(own.mean((0, 1)).mT)
             else:
-                means.append(own.mean((0, 1, 3)).mT)
+                means.append(self._read(own).mean((0, 1, 3)).mT)
         return means
 
     def estimate(self, noise: Noise) -> list[Tensor]:
@@ -76,8 +76,13 @@ class ExactJacobians:
             if self._same_positions(index, J):
                 sums.append(torch.einsum("btk,btn->kn", q, a))
             else:
-                sums.append(torch.einsum("bk,bn->kn", q.mean(1), a.sum(1)))
+                sums.append(torch.einsum("bk,bn->kn", self._read(q).mean(1), a.sum(1)))
         return sums
 
+    def _read(self, of_y: Tensor) -> Tensor:
+        """What the loss reads of y, ``(batch, positions, ...)``, where samples have no padding."""
+        places = {"first": slice(0, 1), "last": slice(-1, None), None: slice(None)}
+        return of_y[:, places[self.read_at]]
+
     def _same_positions(self, index: int, J: Tensor) -> bool:
-        return J.shape[1] == J.shape[4] and index not in self.pooled
+        return J.shape[1] == J.shape[4] and index not in self.pooled and self.read_at is None

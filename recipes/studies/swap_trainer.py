@@ -96,8 +96,10 @@ def record() -> None:
     def recorded_step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         if runs:
             runs[-1]["steps"] += 1
-            runs[-1]["feedback_steps"] += bool(getattr(self, "feedback", None))
-        return training_step(self, *args, **kwargs)
+        loss = training_step(self, *args, **kwargs)
+        if runs:
+            runs[-1]["feedback_steps"] += bool(getattr(self, "feedback", None))  # there since the first step
+        return loss
 
     Trainer.train, Trainer.training_step = recorded_train, recorded_step
 

@@ -14,7 +14,7 @@ from grape_hf import GrapeArgumentsMixin, GrapeTrainer
 from grape_hf.baselines import dkp
 from grape_hf.feedback import initial_feedback
 from grape_hf.jacobian import Noise
-from grape_hf.layout import AUTO
+from grape_hf.layout import AUTO, Pairing
 from grape_hf.modes import Forward
 from grape_hf.run import GrapeRun
 
@@ -143,12 +143,11 @@ def test_dkp_with_positions_and_padding():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
     forwards = []
     for shape in ((2, 3, 5), (2, 5)):
-        y = torch.zeros(shape, requires_grad=True)
-        y.grad = e if len(shape) == 3 else e[:, 0]
-        forwards.append(Forward(h={0: h}, y=y))
+        error = e if len(shape) == 3 else e[:, 0]
+        forwards.append(Forward(h={0: h}, pairings={0: Pairing(padding=mask)}, errors={0: error}))
     places = [(i, s) for i in range(2) for s in range(3) if mask[i, s]]
     by_position = sum(torch.outer(h[i, s], e[i, s]) for i, s in places)
     by_sample = sum(torch.outer(h[i, s], e[i, 0]) for i, s in places)
     for chosen, expected in (([0], by_position), ([1], by_sample), ([0, 1], by_position + by_sample)):
-        (got,) = dkp.products([forwards[k] for k in chosen], [torch.zeros(4, 5)], mask)
+        (got,) = dkp.products([forwards[k] for k in chosen], [torch.zeros(4, 5)])
         torch.testing.assert_close(got, expected)

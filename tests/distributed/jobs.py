@@ -14,7 +14,43 @@ from transformers import Trainer
 from grape_hf import GrapeTrainer
 
 BLOOM = problems.Problem("bloom", lambda: problems.transformer("bloom"), problems.text)  # no forward mode: its GELU
-PROBLEMS = {problem.id: problem for problem in (*problems.PROBLEMS, BLOOM)}
+
+
+class Auxiliary(problems.PlainLanguageModel):
+    """A head on each h_l beside the one at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = torch.nn.ModuleList(torch.nn.Linear(problems.WIDTH, problems.VOCABULARY) for _ in self.blocks[1:])
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        h, loss = self.stem(input_ids), 0.0
+        for number, block in enumerate(self.blocks):
+            h = block(h)
+            if labels is not None and number < len(self.aux):
+                loss = loss + 0.5 * self.loss(self.aux[number](h), labels)
+        logits = self.readout(h).clone()  # FSDP2 warns of a view, whoever trains
+        return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels) + loss, "logits": logits}
+
+
+class Dropping(problems.PlainLanguageModel):
+    """Leaves out a block in some forwards, the same on every rank: in the second the last, in the third the first."""
+
+    calls = 0
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        self.calls += self.training
+        h = self.stem(input_ids)
+        for number, block in enumerate(self.blocks):
+            if not self.training or number != {2: 2, 3: 0, 5: 1}.get(self.calls):
+                h = block(h)
+        logits = self.readout(h)
+        return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
+
+
+AUXILIARY = problems.Problem("auxiliary-heads", Auxiliary, problems.text)
+DROPPING = problems.Problem("dropping", Dropping, problems.text)
+PROBLEMS = {problem.id: problem for problem in (*problems.PROBLEMS, BLOOM, AUXILIARY, DROPPING)}
 
 
 @dataclass

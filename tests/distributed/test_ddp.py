@@ -6,7 +6,7 @@ The oracle is a single process in float64; the section on B_l at the end compare
 import jobs
 import pytest
 import torch
-from helpers import LEARNED, assert_same, count_hooks, differ, logged, weights
+from helpers import LEARNED, assert_same, count_hooks, differ, log_of_grape, weights
 from helpers import train as train_alone
 from problems import GPT2
 from test_trainer import CHECKPOINTING
@@ -39,11 +39,17 @@ def test_2_ranks_of_4_are_1_rank_of_8(options, processes, tmp_path):
     assert_same(first.weights, weights(alone), **tolerance)
     assert_same(second.weights, first.weights)
     assert first.hooks == (0, count_hooks(alone.model))  # activation checkpointing leaves one at the embeddings
-    for name in {
-        name for entry in first.log for name in entry if name.startswith(("alignment", "calibration", "fallback"))
-    }:
-        told = [entry[name] for entry in first.log if name in entry]
-        assert told == pytest.approx([value for _, value in logged(alone, name)], abs=1e-6), name
+    assert log_of_grape(first.log) == pytest.approx(log_of_grape(alone.state.log_history), abs=1e-6)
+
+
+@pytest.mark.parametrize("problem", [jobs.AUXILIARY, jobs.DROPPING], ids=lambda problem: problem.id)
+@pytest.mark.parametrize("options", [LEARNED, CALIBRATED, {"method": "dfa", "feedback_init": "gaussian"}])
+def test_losses_on_hidden_states_and_blocks_left_out(problem, options, processes, tmp_path):
+    options = {"max_steps": 6} | options
+    alone = train_alone(problem, tmp_path / "alone", dtype=torch.float64, per_device_train_batch_size=8, **options)
+    first, second = processes.run(jobs.train, problem.id, tmp_path / "ranks", **options)
+    assert_same(first.weights, weights(alone), **CLOSE)
+    assert_same(second.weights, first.weights)
 
 
 def test_settings_of_ddp(processes, tmp_path):
@@ -96,11 +102,7 @@ def test_feedback_is_the_same_on_both_ranks_after_50_steps(processes, tmp_path):
     first, second = processes.run(jobs.train, "llama-padded", tmp_path, max_steps=50, dtype=torch.float32, **options)
     assert first.log[-2]["grape/calibration/steps"] > 2
     assert_same(second.weights, first.weights)
-    decided = [
-        [{k: v for k, v in entry.items() if k.startswith(("alignment", "calibration"))} for entry in rank.log]
-        for rank in (first, second)
-    ]
-    assert decided[0] == decided[1]
+    assert log_of_grape(first.log) == log_of_grape(second.log)
 
 
 def test_feedback_that_each_rank_starts_for_itself_is_the_first_ranks(processes, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import jobs
 import pytest
 import torch
-from helpers import LEARNED, assert_same, make_trainer, weights
+from helpers import LEARNED, assert_same, log_of_grape, make_trainer, weights
 from helpers import train as train_alone
 from problems import GPT2
 from test_ddp import CALIBRATED, CLOSE
@@ -37,11 +37,18 @@ def test_2_ranks_of_4_are_1_rank_of_8(fsdp, options, processes, tmp_path):
     assert_same(first.weights, weights(alone), **tolerance)
     assert_same(second.weights, first.weights)
     assert first.hooks[1] > first.hooks[0] == 0  # FSDP2's own stay
-    for name in {name for entry in first.log for name in entry if name.startswith("alignment")}:
-        told, expected = (
-            [entry[name] for entry in log if name in entry] for log in (first.log, alone.state.log_history)
-        )
-        assert told == pytest.approx(expected, abs=1e-6), name
+    assert log_of_grape(first.log) == pytest.approx(log_of_grape(alone.state.log_history), abs=1e-6)
+
+
+def test_auxiliary_heads_on_shards(processes, tmp_path):
+    options = LEARNED | {"max_steps": 4, "alignment_steps": 2, "feedback_space": "hidden"}
+    fsdp = {"transformer_layer_cls_to_wrap": ["MixingBlock"]}
+    options["per_device_train_batch_size"] = 8
+    alone = train_alone(jobs.AUXILIARY, tmp_path / "alone", dtype=torch.float64, **options)
+    options["per_device_train_batch_size"] = 4
+    first, second = processes.run(jobs.train, jobs.AUXILIARY.id, tmp_path / "ranks", fsdp=fsdp, **options)
+    assert_same(first.weights, weights(alone), **CLOSE)
+    assert_same(second.weights, first.weights)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +88,8 @@ def test_half_precision_trains(processes, tmp_path):
     assert_same(second.weights, first.weights)
     losses = [entry["loss"] for entry in first.log if "loss" in entry]
     assert losses[-1] < losses[0]
-    assert all(b.dtype == torch.float32 for name, b in first.weights.items() if name.startswith("B_"))
+    feedback = [b for name, b in first.weights.items() if name.startswith("B_")]
+    assert [b.dtype for b in feedback] == [torch.float32] * 2
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

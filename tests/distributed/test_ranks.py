@@ -60,6 +60,7 @@ def test_a_whole_forward_computes_what_a_short_one_does():
         with boundaries.attached():
             sums.append(jacobian_terms(boundaries, forward, Noise(0, 0, range(2))).sums)
         assert len(ended) == (2 if whole else 0)
+    assert len(sums[0]) == 2
     for short, long in zip(*sums, strict=True):
         assert torch.equal(short, long)
     with torch.no_grad():

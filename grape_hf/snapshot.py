@@ -1,0 +1,136 @@
+"""Remember what a forward may change in a model's modules, and put it back.
+
+Beside parameters and buffers a module has plain attributes: a counter of an annealed loss, a state that is carried from
+batch to batch, a list of figures, a generator of its own. They are compared by identity and put back in place, so that
+whoever else holds such a list or tensor sees it as it was. Modules, classes and functions are not looked into.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, torch.Size, ModuleType)
+_CODE = (FunctionType, MethodType, BuiltinFunctionType)
+_DEEPEST = 4  # objects in objects
+# Objects of these are not looked into: engines of torch hold memory that is not theirs at the time (FSDP2).
+_LIBRARIES = {"torch", "accelerate", "transformers", "peft", "tokenizers", "timm", "datasets"}
+
+
+class Snapshot:
+    """The plain attributes of all modules of a model, with hooks and flags, and which buffers there are.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._undo: list[Callable[[], object]] = []
+        self._seen: set[int] = set()
+        self._held: list[Any] = []  # so that no other object comes to have the same id
+        for module in model.modules():
+            self._seen.add(id(module))
+        for module in model.modules():
+            attributes = vars(module)
+            self._note_mapping(attributes, depth=0)
+            for name in ("_buffers", "_modules", "_parameters"):
+                self._undo.append(_restorer(attributes[name], dict(attributes[name])))
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for undo in self._undo:
+            undo()
+
+    def _note_mapping(self, attributes: dict[Any, Any], depth: int) -> None:
+        self._undo.append(_restorer(attributes, dict(attributes)))
+        for name, value in attributes.items():
+            if isinstance(value, _PLAIN) or name in ("_buffers", "_modules", "_parameters"):
+                continue
+            if str(name).startswith("_") and "_hooks" in str(name) and isinstance(value, dict):
+                self._undo.append(_forgetter(value, set(value)))  # one that took itself off stays off
+            else:
+                self._note(value, depth)
+
+    def _note(self, value: Any, depth: int) -> None:
+        if isinstance(value, (*_PLAIN, *_CODE, nn.Module, nn.Parameter)) or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        self._held.append(value)
+        if isinstance(value, Tensor):
+            if not value.is_meta and not value.is_nested:
+                copy = value.detach().clone()
+                self._undo.append(partial(value.data.copy_, copy))
+        elif isinstance(value, dict):
+            if value:
+                self._note_mapping(value, depth)
+            else:
+                self._undo.append(value.clear)
+        elif isinstance(value, list | deque):
+            items = list(value)
+            self._undo.append(lambda: _refill(value, items))
+            for item in items:
+                self._note(item, depth)
+        elif isinstance(value, tuple | frozenset):
+            for item in value:
+                self._note(item, depth)
+        elif isinstance(value, set):
+            members = set(value)
+            self._undo.append(lambda: _remember(value, members))
+        elif isinstance(value, np.ndarray):
+            if value.flags.writeable and value.ndim > 0:
+                self._undo.append(partial(value.__setitem__, ..., value.copy()))
+        elif isinstance(value, torch.Generator):
+            state = value.get_state()
+            self._undo.append(partial(value.set_state, state))
+        elif isinstance(value, random.Random):
+            drawn = value.getstate()
+            self._undo.append(lambda: value.setstate(drawn))
+        elif isinstance(value, np.random.Generator):
+            bits, position = value.bit_generator, value.bit_generator.state
+            self._undo.append(lambda: setattr(bits, "state", position))
+        elif depth < _DEEPEST and isinstance(getattr(value, "__dict__", None), dict) and not _of_library(value):
+            self._note_mapping(vars(value), depth + 1)
+
+
+def _restorer(attributes: Any, before: dict[Any, Any]) -> Callable[[], None]:
+    def restore() -> None:
+        if len(attributes) == len(before) and all(
+            name in attributes and attributes[name] is value for name, value in before.items()
+        ):
+            return
+        for name in [name for name in attributes if name not in before]:
+            del attributes[name]
+        for name, value in before.items():
+            if name not in attributes or attributes[name] is not value:
+                attributes[name] = value
+
+    return restore
+
+
+def _of_library(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] in _LIBRARIES
+
+
+def _forgetter(hooks: dict[Any, Any], before: set[Any]) -> Callable[[], None]:
+    def forget() -> None:
+        for name in [name for name in hooks if name not in before]:
+            del hooks[name]
+
+    return forget
+
+
+def _remember(value: set[Any], members: set[Any]) -> None:
+    value.clear()
+    value.update(members)
+
+
+def _refill(value: Any, items: list[Any]) -> None:
+    if len(value) != len(items) or any(a is not b for a, b in zip(value, items, strict=True)):
+        value.clear()
+        value.extend(items)

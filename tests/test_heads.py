@@ -1,0 +1,319 @@
+"""Several heads on one trunk: the error of every one of them reaches every block, or is refused."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers import LEARNED, arguments, logged
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from grape_hf import GrapeArgumentsMixin, GrapeTrainer
+from grape_hf.isolation import isolated
+from grape_hf.jacobian import Noise, jacobian_terms
+from grape_hf.run import GrapeRun
+
+STEP = dict(max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0, lr_scheduler_type="constant")
+STEP |= dict(train_sampling_strategy="sequential", logging_strategy="no", label_names=["labels"])
+
+
+class Trunk(nn.Module):
+    def __init__(self, weights: tuple[float, float] = (1.0, 1.0)) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.classifier, self.regressor, self.weights = nn.Linear(8, 2), nn.Linear(8, 1), weights
+
+    def forward(self, x: Tensor, labels: Tensor, value: Tensor, task: Tensor | None = None) -> dict[str, Tensor]:
+        for block in self.blocks:
+            x = block(x)
+
+        def first() -> Tensor:
+            return F.cross_entropy(self.classifier(x), labels)
+
+        def second() -> Tensor:
+            return F.mse_loss(self.regressor(x)[:, 0], value)
+
+        if task is None:
+            return {"loss": self.weights[0] * first() + self.weights[1] * second()}
+        return {"loss": second() if task.any() else first()}
+
+
+def rows() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {"x": torch.randn(8, generator=generator), "labels": torch.tensor(i % 2), "value": torch.tensor(i / 16)}
+        for i in range(16)
+    ]
+
+
+def moved(folder: Any, data: list[dict[str, Tensor]], weights: Any = (1.0, 1.0), **options: Any) -> tuple[Tensor, Any]:
+    torch.manual_seed(0)
+    model = Trunk(weights)
+    before = model.blocks[0][0].weight.detach().clone()
+    trainer = GrapeTrainer(model, arguments(folder, **STEP | options), train_dataset=data)
+    trainer.train()
+    return model.blocks[0][0].weight.detach() - before, trainer
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
+def test_auto_measures_where_both_heads_read(weights, tmp_path):
+    auto, trainer = moved(tmp_path, rows(), weights)
+    hidden, _ = moved(tmp_path, rows(), weights, feedback_space="hidden")
+    assert trainer.feedback[0].shape == (8, 8)
+    assert torch.equal(auto, hidden)
+    assert auto.any()
+
+
+def test_errors_of_two_heads_add_up(tmp_path):
+    """In hidden space the step is linear in e, which is the sum of the heads'."""
+    both, first, second = (moved(tmp_path, rows(), w, method="dfa")[0] for w in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)))
+    torch.testing.assert_close(both, first + second)
+    assert second.any()
+
+
+def test_logits_of_one_of_two_heads_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r'the loss reads the output of the last block beside it.*"hidden"'):
+        moved(tmp_path, rows(), feedback_space="logits")
+
+
+def test_tasks_that_alternate_by_batch(tmp_path):
+    """The second task comes in the third batch, and the first batch does not show its head."""
+    data = [row | {"task": torch.tensor((i // 4) % 3 == 2)} for i, row in enumerate(rows())]
+    auto, trainer = moved(tmp_path, data, max_steps=4, method="dfa")
+    assert trainer.feedback[0].shape == (8, 8)
+    assert torch.equal(auto, moved(tmp_path, data, max_steps=4, method="dfa", feedback_space="hidden")[0])
+
+
+def test_a_head_that_is_named_and_left_out_late_is_said_and_kills_nothing(tmp_path, caplog):
+    data = [row | {"task": torch.tensor((i // 4) % 3 == 2)} for i, row in enumerate(rows())]
+    _, trainer = moved(tmp_path, data, max_steps=4, feedback_space="logits", **LEARNED)
+    assert trainer.state.global_step == 4
+    assert "regressor, which did not run in the first batch" in caplog.text
+    assert caplog.text.count("got no error from this batch") == 1
+
+
+def test_timms_distilled_heads(tmp_path):
+    """In training there are two heads, and their mean only in evaluation."""
+    torch.manual_seed(0)
+    inner = timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=32, embed_dim=24, depth=3, num_heads=2, num_classes=3
+    )
+    inner.set_distilled_training(True)
+
+    class Distilled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.timm_model = inner
+
+        def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            own, distilled = self.timm_model(pixel_values)
+            return {"loss": F.cross_entropy(own, labels) + F.cross_entropy(distilled, labels)}
+
+    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": torch.tensor(i % 3)} for i in range(4)]
+    trainer = GrapeTrainer(Distilled(), arguments(tmp_path, max_steps=1, **LEARNED), train_dataset=data)
+    trainer.train()
+    assert trainer.feedback[0].shape == (24, 24)
+
+
+# --- one error a sample ----------------------------------------------------------------------------------------------
+
+
+def deltas(model: nn.Module, block: nn.Module, data: Any, folder: Any, **options: Any) -> tuple[Tensor, Tensor, Any]:
+    """What arrives at h_1 in the first step, e, and the Trainer."""
+    got: list[Tensor] = []
+
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        h = output[0] if isinstance(output, tuple) else output
+        if h.requires_grad:
+            h.register_hook(lambda g: got.append(g.clone()))
+
+    handle = block.register_forward_hook(watch)
+    trainer = GrapeTrainer(model, arguments(folder, **STEP | options), train_dataset=data)
+    trainer.train()
+    handle.remove()
+    return got[-1], got[0], trainer
+
+
+def vit(labels: int) -> tuple[nn.Module, nn.Module, Any]:
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+        num_labels=labels,
+    )  # fmt: skip
+    model = ViTForImageClassification(config)
+    block = next(m for m in model.modules() if isinstance(m, nn.ModuleList))[0]
+    return model, block, [{"pixel_values": torch.randn(3, 8, 8), "labels": torch.tensor(i % labels)} for i in range(4)]
+
+
+def gpt2(labels: int) -> tuple[nn.Module, nn.Module, Any]:
+    config = GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=30, n_positions=8, num_labels=labels, pad_token_id=0)
+    model = GPT2ForSequenceClassification(config)
+    data = [{"input_ids": torch.randint(1, 30, (6,)), "labels": torch.tensor(i % labels)} for i in range(4)]
+    return model, model.transformer.h[0], data
+
+
+@pytest.mark.parametrize("space", ["auto", "hidden"])
+@pytest.mark.parametrize(("make", "read_at"), [(vit, "first"), (gpt2, "last")])
+@pytest.mark.parametrize("labels", [3, 40])
+def test_an_error_at_one_token_goes_to_every_position(make, read_at, labels, space, tmp_path):
+    torch.manual_seed(0)
+    model, block, data = make(labels)
+    delta, _, trainer = deltas(model, block, data, tmp_path, method="dfa", feedback_space=space)
+    assert delta.any(-1).all()
+    torch.testing.assert_close(delta, delta[:, :1].expand_as(delta))  # the same B_l e_b everywhere
+    if trainer.feedback[0].shape == (16, 16):
+        assert trainer._run.boundaries.read_at == read_at
+        # e_b on the shortcut path, of which each position has its share
+        assert torch.equal(trainer.feedback[0], torch.eye(16) / delta.shape[1])
+
+
+def test_what_is_learned_is_the_jacobian_of_the_token_that_is_read(tmp_path):
+    """mean over b and s of dy_b/dh_{b,s}, y_b at the token that the classifier reads; by jacrev."""
+    torch.manual_seed(0)
+    model, _, data = vit(40)
+    model = model.double()
+    batch = {n: torch.stack([row[n].double() if n == "pixel_values" else row[n] for row in data]) for n in data[0]}
+    run = GrapeRun(model.train(), GrapeArgumentsMixin(feedback_space="hidden", feedback_rule="ema"))
+    run.start(lambda: model(**batch))
+    boundaries = run.boundaries
+    assert boundaries.read_at == "first"
+    total = 0
+    for step in range(1500):
+        run.begin_step(0)
+        run.current_step = step
+        run._estimate = type(run._estimate)()
+        run.estimate(lambda: model(**batch), range(len(data)))
+        total = total + run._estimate.mean()[1]
+    estimate = total / 1500
+    seen: list[Tensor] = []
+    with torch.no_grad(), boundaries.perturb(lambda i, h, *rest: seen.append(h) or h):
+        model.eval()(**batch)
+
+    def y_of(h: Tensor) -> Tensor:
+        with boundaries.perturb(lambda i, other, *rest: h if i == 1 else other) as passed:
+            model(**batch)
+        return passed.y[:, 0].sum(0)
+
+    jacobian = torch.autograd.functional.jacobian(y_of, seen[1])  # (n_y, batch, positions, n_l)
+    run.close()
+    expected = jacobian.mean((1, 2))
+    # 1,500 draws x 4 samples x 5 positions of rank one, each with an error of about |J| sqrt(n_l): 0.1 |J|.
+    assert (estimate - expected).norm() < 0.35 * expected.norm()
+    assert (estimate - 5 * expected).norm() > expected.norm()
+
+
+def test_a_sequence_with_one_label_a_sample_is_no_classifier(tmp_path):
+    """A language model that is taught the last token alone: e stays at its position."""
+    from transformers import GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=30, n_positions=8))
+    data = []
+    for _ in range(4):
+        ids = torch.randint(1, 30, (6,))
+        data.append({"input_ids": ids, "labels": torch.cat([torch.full((5,), -100), ids[5:]])})
+    trainer = GrapeTrainer(model, arguments(tmp_path, max_steps=1, method="dfa"), train_dataset=data)
+    trainer.train()
+    assert trainer._run.boundaries.read_at is None
+
+
+def test_heads_in_a_run_that_goes_on(tmp_path):
+    """Estimates, measurements and a checkpoint, with the classifier's one error a sample."""
+    torch.manual_seed(0)
+    model, _, data = vit(40)
+    options = LEARNED | dict(max_steps=4, alignment_steps=2, label_names=["labels"])
+    trainer = GrapeTrainer(model, arguments(tmp_path, **options), train_dataset=data)
+    trainer.train()
+    assert all(-1 <= value <= 1 for _, value in logged(trainer, "grape/alignment/exact/mean"))
+
+
+def test_many_labels_a_sample_are_no_labels_of_tokens(tmp_path):
+    """Multi-label: as many labels as positions."""
+    torch.manual_seed(0)
+    model, _, data = vit(5)
+    model.config.problem_type = "multi_label_classification"
+    data = [row | {"labels": torch.randint(2, (5,)).float()} for row in data]
+    trainer = GrapeTrainer(
+        model, arguments(tmp_path, **STEP | {"method": "dfa", "feedback_space": "hidden"}), train_dataset=data
+    )
+    trainer.train()
+    assert trainer._run.boundaries.read_at == "first"
+
+
+class OwnHead(GrapeTrainer):
+    """The head is the loss's, so that the model returns hidden states and no loss."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        states = model(input_ids=inputs["input_ids"]).last_hidden_state
+        return F.cross_entropy(self.head(states[:, 0]), inputs["labels"])
+
+
+def test_a_head_outside_the_model_is_seen_by_the_first_error(tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = BertModel(config, add_pooling_layer=False)
+    got: list[Tensor] = []
+
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        h = output[0] if isinstance(output, tuple) else output
+        if h.requires_grad:
+            h.register_hook(lambda g: got.append(g.clone()))
+
+    model.encoder.layer[0].register_forward_hook(watch)
+    data = [{"input_ids": torch.randint(1, 30, (6,)), "labels": torch.tensor(i % 2)} for i in range(8)]
+    args = arguments(tmp_path, max_steps=3, method="dfa", remove_unused_columns=False)
+    trainer = OwnHead(model, args, train_dataset=data)
+    trainer.head = nn.Linear(16, 2)
+    trainer.train()
+    assert trainer._run.boundaries.read_at == "first"
+    assert torch.equal(trainer.feedback[0], torch.eye(16) / 6)
+    assert got[-1].any(-1).all()
+    torch.testing.assert_close(got[-1], got[-1][:, :1].expand_as(got[-1]))
+
+
+class Marked(nn.Module):
+    """Reads y at the token with the highest number, as CLIP's text tower does: neither the first nor the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.projection = nn.Embedding(30, 8), nn.Linear(8, 40)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(3))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        h = self.embed(input_ids)
+        for layer in self.layers:
+            h = layer(h)
+        pooled = h[torch.arange(len(h)), input_ids.argmax(1)]
+        return {"loss": F.cross_entropy(self.projection(pooled), labels)}
+
+
+def test_a_token_anywhere_is_read_where_the_error_arose(tmp_path):
+    """The estimate of a step is that of the same numbers with the token's place told."""
+    torch.manual_seed(0)
+    data = [{"input_ids": torch.randint(1, 30, (6,)), "labels": torch.tensor(i)} for i in range(8)]
+    places = torch.stack([row["input_ids"] for row in data]).argmax(1)
+    assert len(set(places.tolist()) - {0, 5}) > 0
+    options = dict(jvp_every=1, jvp_fraction=0.5, feedback_lr=1.0, train_sampling_strategy="sequential")
+    options |= dict(max_steps=1, per_device_train_batch_size=8, learning_rate=0.0, feedback_rule="ema", optim="sgd")
+    trainer = GrapeTrainer(Marked(), arguments(tmp_path, **options), train_dataset=data)
+    trainer.train()
+    boundaries, model = trainer._run.boundaries, trainer.model
+    assert boundaries.read_at == "last"
+    batch = {name: torch.stack([row[name] for row in data])[::2] for name in data[0]}
+    for read, same in ((places[::2], True), (torch.full((4,), 5), False)):
+        boundaries.read = torch.arange(6) == read[:, None]
+        with isolated(model), boundaries.attached():
+            terms = jacobian_terms(boundaries, lambda: model(**batch), Noise(42, 0, range(0, 8, 2)))
+        found = [torch.allclose(b, j.mT, atol=1e-5) for b, j in zip(trainer.feedback, terms.mean(), strict=True)]
+        assert found == [same, same]

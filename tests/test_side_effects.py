@@ -1,0 +1,213 @@
+"""Forwards on the side change nothing: after a step all that a forward may change is as after the stock step."""
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import LEARNED, arguments
+from torch import Tensor, nn
+from transformers import Trainer
+
+from grape_hf import GrapeTrainer
+from grape_hf.isolation import isolated
+
+EVERYTHING = LEARNED | dict(alignment_steps=1)
+
+
+def encoder() -> nn.Sequential:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
+
+
+class Momentum(nn.Module):
+    """MoCo's and BYOL's: a frozen copy of the encoder follows it in every forward, in one of the usual ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.q, self.k, self.way = encoder(), encoder().requires_grad_(False), way
+
+    def follow(self) -> None:
+        for q, k in zip(self.q.parameters(), self.k.parameters(), strict=True):
+            if self.way == "in place":
+                with torch.no_grad():
+                    k.mul_(0.9).add_(q, alpha=0.1)
+            elif self.way == "data":
+                k.data.mul_(0.9).add_(q.data, alpha=0.1)
+            else:
+                k.data = 0.9 * k.data + 0.1 * q.data
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.follow()
+        return {"loss": F.cross_entropy(self.q(x) @ self.k(x).detach().T, torch.arange(len(x)))}
+
+
+@dataclass
+class Schedule:
+    """An object of the user's own, as a plain attribute."""
+
+    step: int = 0
+    past: list[float] = field(default_factory=list)
+
+
+class Stateful(nn.Module):
+    """Changes plain attributes of many kinds in its forward, and batch norms without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.norm = encoder(), nn.BatchNorm1d(4)
+        self.calls, self.history, self.window = 0, [], deque(maxlen=3)
+        self.figures, self.names = {"loss": [0.0]}, set()
+        self.schedule, self.state = Schedule(), torch.zeros(4)
+        self.replaced = torch.zeros(4)
+        self.array = np.zeros(2)
+        self.rng, self.numpy_rng = random.Random(0), np.random.default_rng(0)
+        self.generator = torch.Generator().manual_seed(0)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.calls += 1
+        self.history.append(self.calls)
+        self.window.append(self.calls)
+        self.figures["loss"].append(float(self.calls))
+        self.figures[f"call {self.calls}"] = [1.0]
+        self.names.add(f"call {self.calls}")
+        self.schedule.step += 1
+        self.schedule.past.append(self.rng.random())
+        self.state.add_(x.detach().mean(0))
+        self.replaced = self.replaced + x.detach().mean(0) + torch.randn(4, generator=self.generator)
+        self.seen += 1
+        self.array += 1
+        self.new_attribute = self.numpy_rng.random()
+        with torch.no_grad():
+            self.norm(x)
+        self.blocks[1].touched = getattr(self.blocks[1], "touched", 0) + 1
+        return {"loss": (self.blocks(x) * (1 + 0.1 * self.calls)).square().mean()}
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All that a forward changes, in forms that compare."""
+    found: dict[str, Any] = {f"buffer {n}": b.tolist() for n, b in model.named_buffers()}
+    found |= {f"frozen {n}": p.tolist() for n, p in model.named_parameters() if not p.requires_grad}
+    if isinstance(model, Stateful):
+        names = ("calls", "history", "window", "figures", "names", "schedule", "new_attribute")
+        found |= {name: repr(getattr(model, name)) if name != "names" else sorted(model.names) for name in names}
+        found |= {name: getattr(model, name).tolist() for name in ("state", "replaced", "array")}
+        found |= {"touched": model.blocks[1].touched, "rng": model.rng.random(), "numpy": model.numpy_rng.random()}
+        found |= {"generator": torch.randn(3, generator=model.generator).tolist()}
+    return found
+
+
+MODELS = {
+    "stateful": Stateful,
+    "momentum-in-place": lambda: Momentum("in place"),
+    "momentum-data": lambda: Momentum("data"),
+    "momentum-replaced": lambda: Momentum("replaced"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "dfa"},
+        EVERYTHING,
+        EVERYTHING | {"jvp_mode": "finite_difference", "jvp_passes": "per_block"},
+        EVERYTHING | {"method": "dfa"},
+        EVERYTHING | {"calibration_strategy": "steps", "calibration_interval": 1, "calibration_refit": True},
+    ],
+    ids=["dfa", "grape", "differences", "measured", "calibrated"],
+)
+def test_after_a_step_everything_is_as_after_the_stock_step(name, options, tmp_path):
+    rows = [{"x": x} for x in torch.randn(16, 4, generator=torch.Generator().manual_seed(0))]
+    after = {}
+    for trainer in (Trainer, GrapeTrainer):
+        torch.manual_seed(0)
+        model = MODELS[name]()
+        # A rate of zero: later steps start from the same weights as the stock Trainer's, and carry the same state.
+        more = dict(max_steps=3, learning_rate=0.0, weight_decay=0.0, label_names=[])
+        more |= options | {"blocks": "q" if "momentum" in name else "blocks"} if trainer is GrapeTrainer else {}
+        kind = {} if trainer is GrapeTrainer else {"kind": __import__("transformers").TrainingArguments}
+        trainer(model, arguments(tmp_path, **kind, **more), train_dataset=rows).train()
+        after[trainer] = state(model)
+    assert after[Trainer]
+    assert after[GrapeTrainer] == after[Trainer]
+
+
+class Scaled(nn.Module):
+    """Scales a weight that is trained for evaluation, and back for training, as RWKV does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.scaled = encoder(), False
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if self.scaled == self.training:
+            with torch.no_grad():
+                self.blocks[1][0].weight.mul_(2.0 if self.scaled else 0.5)
+            self.scaled = not self.scaled
+        return {"loss": self.blocks(x).square().mean()}
+
+
+def test_a_trained_weight_that_an_evaluation_changes_is_put_back(tmp_path):
+    """Calibration at every step is the stock Trainer's, whatever an estimate did in between."""
+    rows = [{"x": x} for x in torch.randn(16, 4, generator=torch.Generator().manual_seed(0))]
+    after = []
+    for calibrated in (True, False):
+        torch.manual_seed(0)
+        model = Scaled()
+        more = EVERYTHING | ({"calibration_strategy": "steps", "calibration_interval": 2} if calibrated else {})
+        args = arguments(tmp_path, max_steps=4, label_names=[], learning_rate=0.0, weight_decay=0.0, **more)
+        GrapeTrainer(model, args, train_dataset=rows).train()
+        after.append(model.blocks[1][0].weight.detach().clone())
+        assert not model.scaled
+    torch.manual_seed(0)
+    start = Scaled().blocks[1][0].weight
+    assert all(torch.equal(weight, start) for weight in after)
+
+
+class Late(Momentum):
+    """Follows from the third forward on."""
+
+    def __init__(self) -> None:
+        super().__init__("in place")
+        self.calls = 0
+
+    def follow(self) -> None:
+        self.calls += 1
+        if self.calls > 2:
+            super().follow()
+
+
+def test_a_parameter_that_is_changed_late_is_named(tmp_path):
+    rows = [{"x": x} for x in torch.randn(16, 4)]
+    args = arguments(tmp_path, max_steps=6, blocks="q", label_names=[], **LEARNED)
+    with pytest.raises(RuntimeError, match=r"k\.0\.0\.weight.*cannot be put back"):
+        GrapeTrainer(Late(), args, train_dataset=rows).train()
+
+
+def test_hooks_that_a_forward_attaches_are_taken_off_and_one_that_left_stays_off():
+    """transformers attaches hooks of its own in the first forward that returns hidden states, and notes that it has."""
+    model = Stateful()
+    handle = model.norm.register_forward_hook(lambda *args: None)
+    with isolated(model):
+        model.blocks.register_forward_hook(lambda *args: None)
+        model.hooks_installed = True
+        handle.remove()
+    assert not model.blocks._forward_hooks
+    assert not model.norm._forward_hooks
+    assert not hasattr(model, "hooks_installed")
+
+
+def test_what_is_shared_with_others_is_changed_back_in_place():
+    model = Stateful()
+    history, held = model.history, model.state
+    with isolated(model):
+        model(torch.ones(2, 4))
+        assert len(history) == 1
+    assert model.history is history == []
+    assert model.state is held
+    assert not held.any()
