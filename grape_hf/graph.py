@@ -1,6 +1,6 @@
 """Walks through autograd's graph, and whether it is being walked by a backward."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor
 from grape_hf.nested import Path
 
 
-def graph_of(h: Tensor) -> Iterator[Any]:
-    """Yield the nodes of autograd's graph behind ``h``."""
-    nodes: list[Any] = [h.grad_fn]
+def graph_of(*tensors: Tensor, ends: Callable[[Any], bool] = lambda node: False) -> Iterator[Any]:
+    """Yield the nodes of autograd's graph behind tensors, each once; not what lies behind a node that ``ends`` it."""
+    nodes: list[Any] = [t.grad_fn for t in tensors]
     seen: set[Any] = set()
     while nodes:
         node = nodes.pop()
@@ -19,7 +19,8 @@ def graph_of(h: Tensor) -> Iterator[Any]:
             continue
         yield node
         seen.add(node)
-        nodes.extend(parent for parent, _ in node.next_functions)
+        if not ends(node):
+            nodes.extend(parent for parent, _ in node.next_functions)
 
 
 class Mark(torch.autograd.Function):
@@ -39,35 +40,13 @@ class Mark(torch.autograd.Function):
 
 def marks_of(tensors: Collection[Tensor]) -> set[tuple[int, Path]]:
     """Return the marks that ``tensors`` were made of, by way of no other mark."""
-    nodes: list[Any] = [t.grad_fn for t in tensors]
-    seen: set[Any] = set()
-    marks = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (mark := getattr(node, "mark", None)) is not None:
-            marks.add(mark)
-        else:
-            nodes.extend(parent for parent, _ in node.next_functions)
-    return marks
+    found = graph_of(*tensors, ends=lambda node: getattr(node, "mark", None) is not None)
+    return {mark for node in found if (mark := getattr(node, "mark", None)) is not None}
 
 
 def parameters_of(tensors: Collection[Tensor]) -> set[int]:
     """The ids of all parameters in the graph of ``tensors``."""
-    nodes: list[Any] = [t.grad_fn for t in tensors]
-    seen: set[Any] = set()
-    found = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (variable := getattr(node, "variable", None)) is not None:
-            found.add(id(variable))
-        nodes.extend(parent for parent, _ in node.next_functions)
-    return found
+    return {id(node.variable) for node in graph_of(*tensors) if getattr(node, "variable", None) is not None}
 
 
 def in_backward() -> bool:

@@ -175,17 +175,17 @@ class BroadcastMode(_FollowingMode):
         if mode is None:
             return h
         copied = index in self.boundaries.copied
+        pairing = self.boundaries.pairing(index, h, self.mask)
         if mode is self:
             self.boundaries.check_size(index, h)
             forward = self._follow(index + 1)
             if self.keep == "h and e":
                 forward.h[index] = h.detach().clone() if copied else h.detach()
-                forward.pairings[index] = self.boundaries.pairing(index, h, self.mask)
+                forward.pairings[index] = pairing
         if self.B[index] is None:
             return h.clone() if copied else h
         if h.requires_grad:
             assert isinstance(mode, BroadcastMode)
-            pairing = self.boundaries.pairing(index, h, self.mask)
             padding, still = pairing.padding, pairing.padded(None)
             mode.token = Receive.apply(h, mode.token, self.B[index], mode.star, padding, still)
         elif mode is self and self._last == index:

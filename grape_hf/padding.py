@@ -68,11 +68,13 @@ class Masks:
         self._found: dict[tuple[str, torch.Size], Tensor | None] = {}
         self._said = False
 
-    def note_batch(self, batch: Any, rows: Sequence[int] | None = None) -> None:
-        """Remember the masks of a batch, or of some of its samples; of one that is a mapping."""
+    def note_batch(self, batch: Any, rows: Sequence[int] | None = None, number: int | None = None) -> None:
+        """Remember the masks of a batch that is a mapping, or of some of its ``number`` samples."""
         named = dict(batch) if isinstance(batch, Mapping) else {}
         found = {n: m for n, m in named.items() if _is_mask(n) and isinstance(m, Tensor) and m.ndim > 1}
-        self.batch = {n: m if rows is None else m[torch.tensor(rows, device=m.device)] for n, m in found.items()}
+        if rows is not None:  # a mask of something else (of positions by positions) has no rows to take
+            found = {n: m[torch.tensor(rows, device=m.device)] for n, m in found.items() if len(m) == number}
+        self.batch = found
         self._found.clear()
 
     def note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

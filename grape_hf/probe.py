@@ -86,7 +86,7 @@ def look(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object]
     if seen is None or seen.order != list(range(len(boundaries.blocks))):
         seen = _look(model, boundaries, forward, deterministic=True)
     seen.check_order()
-    seen.labels = [t for name, t in getattr(forward, "kwargs", {}).items() if "label" in name and _is_tensor(t)]
+    seen.labels = [t for name, t in getattr(forward, "kwargs", {}).items() if "label" in name and isinstance(t, Tensor)]
     return seen
 
 
@@ -295,10 +295,6 @@ def _loss_of(output: Any) -> Tensor | None:
     if loss is None or not loss.requires_grad:
         return None
     return loss.sum()
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _is_turned(h: Tensor, y: Tensor) -> bool:

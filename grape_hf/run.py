@@ -175,9 +175,10 @@ class GrapeRun:
             share = self._sampler.take(call, places, self.sampled(places), self._first_activation)
             if share is not None:
                 targets = share.targets(labels if isinstance(labels, Tensor) else None)
-                self.calls.masks.note_batch(self._batch, share.rows)
+                self.calls.masks.note_batch(self._batch, share.rows, call.samples)
                 self.boundaries.read = self._read_by(call, share.rows)
                 self.estimate(share.call, share.places, counts=share.counts, targets=targets)
+                self.boundaries.read = None
         if self.measuring:
             self.calls.masks.note_batch(self._batch)
             self.measure(self._forwards)
@@ -358,15 +359,16 @@ class GrapeRun:
         if self.ranks.count == 1:
             return read_at
         seen: list[ReadAt | None] = [None, "first", "last"]
-        device = next(self.model.parameters()).device
-        number = torch.tensor(seen.index(read_at), device="cpu" if device.type == "meta" else device)
-        return seen[int(self.ranks.first([number])[0])]
+        return seen[int(self.ranks.first([self._number(seen.index(read_at))])[0])]
 
     def _agreed(self, holds: bool) -> bool:
         """Return whether something holds on all ranks."""
+        return not int(self.ranks.total([self._number(int(not holds))])[0])
+
+    def _number(self, value: int) -> Tensor:
+        """A number for other ranks, on a device that they can send it from."""
         device = next(self.model.parameters()).device
-        flag = torch.tensor(int(not holds), device="cpu" if device.type == "meta" else device)
-        return not int(self.ranks.total([flag])[0])
+        return torch.tensor(value, device="cpu" if device.type == "meta" else device)
 
     def estimate(
         self,

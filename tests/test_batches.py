@@ -231,3 +231,20 @@ def test_joined_graphs_train(options, tmp_path):
     trainer = GrapeTrainerOf(Graphs(), args, data_collator=collate, train_dataset=data)
     trainer.train()
     assert trainer.feedback[0].shape == (4, 4)  # measured where there is a row for each node, too
+
+
+def test_a_mask_of_the_batch_that_has_no_samples_to_take(tmp_path):
+    """Positions by positions, kept by the loss: of fewer rows than the samples that are taken."""
+
+    class Masked(GrapeTrainerOf):
+        def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            return (model(inputs["x"]) * inputs["attn_mask"].sum()).square().mean()
+
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {"x": torch.stack([row["x"] for row in rows]), "attn_mask": torch.ones(2, 2)}
+
+    options = LEARNED | {"jvp_fraction": 0.5, "per_device_train_batch_size": 8, "blocks": "blocks"}
+    args = arguments(tmp_path, max_steps=2, remove_unused_columns=False, **options)
+    trainer = Masked(Net(), args, data_collator=collate, train_dataset=[{"x": torch.randn(4)} for _ in range(16)])
+    trainer.train()
+    assert trainer.state.global_step == 2
