@@ -130,6 +130,27 @@ class PoolingTrainer(GrapeTrainer):
         return F.cross_entropy(model.fc(pooled), inputs["labels"])
 
 
+class Pooling(Silent):
+    """Only its pooling heeds the mask, which no block sees: its meaning can be told by the gradient alone."""
+
+    def __init__(self, padding: bool) -> None:
+        super().__init__()
+        self.padding = padding
+
+    def forward(self, input_ids: Tensor, labels: Tensor, padding_mask: Tensor) -> dict[str, Tensor]:
+        counted = (padding_mask == 0 if self.padding else padding_mask != 0)[..., None]
+        logits = self.fc((super().forward(input_ids) * counted).sum(1) / counted.sum(1))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def pooling(padding: bool) -> Callable[[int], tuple[nn.Module, Rows]]:
+    def make(length: int) -> tuple[nn.Module, Rows]:
+        tokens, mask = ids((8, 6), length)
+        return Pooling(padding), labelled(input_ids=tokens, padding_mask=(mask == 0 if padding else mask).long())
+
+    return make
+
+
 def own(name: str, padding: bool, dtype: torch.dtype) -> Callable[[int], tuple[nn.Module, Rows]]:
     def make(length: int) -> tuple[nn.Module, Rows]:
         tokens, mask = ids((8, 6), length)
@@ -151,6 +172,8 @@ MODELS: dict[str, Callable[[int], tuple[nn.Module, Rows]]] = {
     "attn_mask": own("attn_mask", False, torch.bool),
     "src_key_padding_mask": own("src_key_padding_mask", True, torch.bool),
     "decoder_attention_mask": own("decoder_attention_mask", False, torch.long),
+    "pooling-alone": pooling(True),
+    "pooling-alone-1-counts": pooling(False),
     "mask-of-floats": own("mask", False, torch.float32),
 }
 
