@@ -6,7 +6,6 @@ of the Jacobians is made on part of the batch now and then. What a step does is 
 Trainer has to say to it: which step, which samples, where checkpoints lie.
 """
 
-import dataclasses
 import logging
 import shutil
 from collections.abc import Mapping
@@ -21,17 +20,17 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
-from grape_hf.baselines import BASELINES, make_baseline
-from grape_hf.baselines.base import Baseline, MicroBatch
-from grape_hf.calls import NoCallError
-from grape_hf.checkpoints import checkpoint_to_resume, complete_save
-from grape_hf.log_names import log_names
-from grape_hf.parallelism import refuse_parallelism
-from grape_hf.progress import ProgressFigures
-from grape_hf.pushes import PushMixin
-from grape_hf.ranks import Ranks
-from grape_hf.run import FEEDBACK_NAME, STATE_NAME, GrapeRun, calibration_schedule
-from grape_hf.training_args import METHOD_OPTIONS, GrapeArgumentsMixin
+from grape_hf.core.calls import NoCallError
+from grape_hf.engine.checkpoints import checkpoint_to_resume, complete_save
+from grape_hf.engine.parallelism import refuse_parallelism
+from grape_hf.engine.pushes import PushMixin
+from grape_hf.engine.ranks import Ranks
+from grape_hf.engine.run import FEEDBACK_NAME, STATE_NAME, GrapeRun, calibration_schedule
+from grape_hf.methods import make_baseline
+from grape_hf.methods.base import Baseline, MicroBatch
+from grape_hf.reports.log_names import log_names
+from grape_hf.reports.progress import ProgressFigures
+from grape_hf.training_args import BASELINES, METHOD_OPTIONS, options_of
 
 logger = logging.getLogger(__name__)
 
@@ -245,8 +244,8 @@ class GrapeMixin(PushMixin):
         if self.grape_options.method == "bp":
             super().create_model_card(**given)
             return
-        from grape_hf.cards import render_card  # only here: it takes in much that training does not need
-        from grape_hf.run_records import record_of
+        from grape_hf.reports.cards import render_card  # only here: it takes in much that training does not need
+        from grape_hf.reports.run_records import record_of
 
         self._card_arguments |= given | ({} if bp_results is None else {"bp_results": bp_results})
         named = dict(self._card_arguments)
@@ -346,12 +345,6 @@ class GrapeTrainer(GrapeMixin, Trainer):
 
     With ``method="bp"`` it is the stock Trainer, bit for bit.
     """
-
-
-def options_of(args: Any) -> GrapeArgumentsMixin:
-    """Return GrAPE's options out of training arguments of any kind; the defaults where they carry none."""
-    names = [option.name for option in dataclasses.fields(GrapeArgumentsMixin)]
-    return GrapeArgumentsMixin(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def _samples_in(inputs: Any) -> int:

@@ -12,8 +12,6 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from transformers import TrainingArguments
 
-from grape_hf.baselines import BASELINES, dkp, fdfa
-
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
         "feedback_points": 0,
@@ -26,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "jvp_mode": "auto",
         "jvp_passes": "joint",
         "jvp_fraction": 0.25,
-        "jvp_every": 4,
+        "jvp_steps": 4,
         "perturbation_space": "activation",
         "calibration_strategy": "no",
         "calibration_interval": 1.0,
@@ -43,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "jvp_mode": "dual",
         "jvp_passes": "joint",
         "jvp_fraction": 1.0,
-        "jvp_every": 1,
+        "jvp_steps": 1,
         "perturbation_space": "auto",
         "calibration_strategy": "epoch",
         "calibration_interval": 1.0,
@@ -60,10 +58,30 @@ PRESETS["convnet"] = PRESETS["recommended"] | {
     "jvp_fraction": 1.0,
 }
 
+# Methods without a star, a class each (``grape_hf/methods``).
+BASELINES = ("fa", "forward_gradient", "pepita")
 # What a method implies; it wins over the preset, and a value given wins over both.
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
-    "fdfa": fdfa.OPTIONS,
-    "dkp": dkp.OPTIONS,
+    "fdfa": {
+        "feedback_space": "logits",
+        "feedback_init": "zero",
+        "feedback_rule": "ema",
+        "feedback_lr": 1e-4,
+        "feedback_normalize": False,
+        "jvp_mode": "dual",
+        "jvp_passes": "joint",
+        "jvp_fraction": 1.0,
+        "jvp_steps": 1,
+        "perturbation_space": "activation",
+        "calibration_strategy": "no",
+    },
+    "dkp": {
+        "feedback_space": "logits",
+        "feedback_init": "gaussian",
+        "feedback_lr": 1.0,
+        "feedback_normalize": False,
+        "calibration_strategy": "no",
+    },
     **{method: {"calibration_strategy": "no", "perturbation_space": "activation"} for method in BASELINES},
 }
 # Methods whose B_l learn from estimates of the Jacobians.
@@ -89,7 +107,7 @@ class GrapeArgumentsMixin:
         metadata={
             "help": "How blocks get their error: `grape`, direct feedback through learned matrices B_l; `dfa`, the "
             "same with B_l frozen at their start; `bp`, ordinary backpropagation, the stock Trainer bit for bit. "
-            "Baselines (grape_hf/baselines): "
+            "Baselines (grape_hf/methods): "
             "`fdfa` (Bacho & Chu 2022), B_l from zero by a moving average of estimates, and `dkp` (direct "
             "Kolen-Pollack), B_l learned like a weight from h_l to the logits: both imply options below that are not "
             "given. `fa`: fixed random matrices in place of W^T, layer by layer; `forward_gradient`: directional "
@@ -159,7 +177,7 @@ class GrapeArgumentsMixin:
         "jvp_passes", "Perturb all boundaries in one `joint` pass, or one `per_block`: less noise, L-1 times the cost."
     )
     jvp_fraction: float | None = _option("jvp_fraction", "Share of the global batch that the estimate is made on.")
-    jvp_every: int | None = _option("jvp_every", "Estimate and refine every so many optimiser steps.")
+    jvp_steps: int | None = _option("jvp_steps", "Estimate and refine every so many optimiser steps.")
     perturbation_space: Literal["activation", "weight", "auto"] | None = _option(
         "perturbation_space",
         "What is perturbed: the boundary `activation`, or the `weight`s of the block in front of it, for the cosine "
@@ -264,7 +282,7 @@ class GrapeArgumentsMixin:
             "feedback_lr": (float, 0, float("inf")),
             "feedback_size_limit": (float, 0, float("inf")),
             "jvp_fraction": (float, 1e-9, 1),
-            "jvp_every": (int, 1, float("inf")),
+            "jvp_steps": (int, 1, float("inf")),
             "calibration_interval": (float, 1e-9, float("inf")),
             "calibration_threshold": (float, -1, 1),
             "calibration_cooldown": (int, 1, float("inf")),
@@ -354,3 +372,9 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 @dataclass
 class GrapeTrainingArguments(GrapeArgumentsMixin, TrainingArguments):
     """``transformers.TrainingArguments`` with GrAPE's options; see ``GrapeArgumentsMixin`` for those."""
+
+
+def options_of(args: Any) -> GrapeArgumentsMixin:
+    """Return GrAPE's options out of training arguments of any kind; the defaults where they carry none."""
+    names = [option.name for option in dataclasses.fields(GrapeArgumentsMixin)]
+    return GrapeArgumentsMixin(**{name: getattr(args, name) for name in names if hasattr(args, name)})

@@ -44,7 +44,7 @@ def plot_callbacks() -> list[TrainerCallback]:
     if importlib.util.find_spec("matplotlib") is None:
         logger.warning("No plots: matplotlib is missing. pip install 'grape_hf[plot]'")
         return []
-    from grape_hf.plot_callback import PlotCallback
+    from grape_hf.reports.plot_callback import PlotCallback
 
     return [PlotCallback()]
 

@@ -23,8 +23,8 @@ import yaml
 from cells import Cells, end_of_output, run_recipe
 
 import grape_hf
-from grape_hf.cards import write_card
-from grape_hf.run_records import figures
+from grape_hf.reports.cards import write_card
+from grape_hf.reports.run_records import figures
 
 RECIPES = Path(__file__).resolve().parent
 PACKAGE = Path(grape_hf.__file__).parents[1]
@@ -159,7 +159,7 @@ def write_report(config: Path, runs: Sequence[Run], results: Mapping[Path, dict[
         make_table(runs, results),
     ]
     try:
-        from grape_hf.plots import plot_alignments, plot_curves, read_history, values_to_draw
+        from grape_hf.reports.plots import plot_alignments, plot_curves, read_history, values_to_draw
     except ImportError as error:
         lines += ["", f"No plots: {error}"]
     else:

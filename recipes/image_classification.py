@@ -40,9 +40,9 @@ from transformers import (
 )
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
+from grape_hf.cli.parsing import parse_overrides, parse_recipe
 from grape_hf.hub import without_home
 from grape_hf.metrics import accuracy_of_classes, predicted_class
-from grape_hf.parsing import parse_overrides, parse_recipe
 from grape_hf.vision import image_classifier, loading_note, networks
 from grape_hf.vision.data import EpochDraws, Images, mean_and_std
 from grape_hf.vision.sources import ImageData, Split, load_images

@@ -40,8 +40,8 @@ from transformers import (
 )
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
+from grape_hf.cli.parsing import parse_overrides, parse_recipe
 from grape_hf.metrics import perplexity_from_logits, token_nll
-from grape_hf.parsing import parse_overrides, parse_recipe
 from grape_hf.text import TextData, count_text, iterate_texts, load_text, pack, tokenize, train_tokenizer
 
 

@@ -178,7 +178,7 @@ PROPER: dict[str, list[Any]] = {
     "feedback_lr": [0, 0.02, "1e-3", 0.5, 1, 10],
     "feedback_size_limit": [0, 1e-5, 2.0, float("inf")],
     "jvp_fraction": [1e-9, 0.25, 1],
-    "jvp_every": [1, 2, 10**6],
+    "jvp_steps": [1, 2, 10**6],
     "calibration_interval": [1e-3, 0.5, 1, 2, 1e6],
     "calibration_threshold": [-1, 0.3, 1],
     "calibration_cooldown": [1, 2, 100],

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
-from grape_hf.log_names import PREFIX
+from grape_hf.reports.log_names import PREFIX
 
 # Estimates often enough to matter in a run of a few steps.
-LEARNED = {"method": "grape", "jvp_every": 1, "jvp_fraction": 1.0, "feedback_lr": 0.1}
+LEARNED = {"method": "grape", "jvp_steps": 1, "jvp_fraction": 1.0, "feedback_lr": 0.1}
 
 
 def arguments(folder: Path, kind: type[TrainingArguments] = GrapeTrainingArguments, **options: Any) -> Any:

@@ -34,7 +34,7 @@ def make_trainer(folder: Path, repository: str, model: Any = None, images: bool 
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from grape_hf import GrapeTrainer, GrapeTrainingArguments
-    from grape_hf.plot_callback import PlotCallback
+    from grape_hf.reports.plot_callback import PlotCallback
     from grape_hf.text import train_tokenizer
 
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def make_trainer(folder: Path, repository: str, model: Any = None, images: bool 
     tokens = torch.randint(0, 250, (32, 16))
     texts = [{"input_ids": row, "labels": row} for row in tokens]
     pictures = [{"pixel_values": torch.randn(1, 28, 28), "labels": torch.tensor(i % 2)} for i in range(32)]
-    usual = dict(max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=4, jvp_every=1)
+    usual = dict(max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=4, jvp_steps=1)
     quiet = dict(report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False)
     pushing = dict(push_to_hub=True, hub_model_id=repository)
     args = GrapeTrainingArguments(output_dir=str(folder), **(usual | quiet | pushing | options))

@@ -14,7 +14,7 @@ import torch
 from exact_jacobians import ExactJacobians
 from tiny_models import MODELS
 
-from grape_hf.boundaries import Boundaries
+from grape_hf.core.boundaries import Boundaries
 
 ROWS = {tiny.name: tiny for tiny in MODELS}
 # One of each kind: fused and split projections, parallel residuals, norms before, after and on both sides, experts,

@@ -64,7 +64,7 @@ def test_no_blocks(tmp_path):
 
 
 def test_no_blocks_do_not_matter_to_bp_and_can_be_named(tmp_path):
-    for options in ({"method": "bp"}, {"blocks": "first,second", "jvp_every": 1}):
+    for options in ({"method": "bp"}, {"blocks": "first,second", "jvp_steps": 1}):
         trainer = make_trainer(BARE, tmp_path, **options)
         trainer.train()
         assert trainer.state.global_step == 10
@@ -216,8 +216,8 @@ def test_an_interval_shorter_than_a_step(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"jvp_every": 1},
-        {"jvp_every": 1, "jvp_mode": "finite_difference", "feedback_rule": "ema"},
+        {"jvp_steps": 1},
+        {"jvp_steps": 1, "jvp_mode": "finite_difference", "feedback_rule": "ema"},
         {"method": "dfa"},
         {"calibration_strategy": "steps", "calibration_interval": 2},
         {"method": "dfa", "alignment_steps": 1},
@@ -320,7 +320,7 @@ def test_two_forwards_for_one_head(tmp_path):
         ({"feedback_lr": 1.5}, ["feedback_lr=1.5", "at most 1", "feedback_rule='lms'"]),
         ({"feedback_lr": 1.5, "method": "fdfa"}, ["feedback_lr=1.5", "at most 1", "feedback_rule='ema'"]),
         ({"feedback_lr": float("inf")}, ["feedback_lr=inf", "at least 0 and finite"]),
-        ({"jvp_every": float("inf")}, ["jvp_every=inf", "a whole number, at least 1 and finite"]),
+        ({"jvp_steps": float("inf")}, ["jvp_steps=inf", "a whole number, at least 1 and finite"]),
         ({"alignment_steps": 10**400}, ["alignment_steps=1000", "a whole number"]),
         (
             {"calibration_strategy": "steps", "calibration_interval": float("inf")},

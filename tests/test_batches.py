@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, Trainer
 
 from grape_hf import GrapeMixin
-from grape_hf.calls import ModelCall
-from grape_hf.samples import Sampler
+from grape_hf.core.calls import ModelCall
+from grape_hf.engine.samples import Sampler
 
 
 class Net(nn.Module):

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from grape_hf import GrapeTrainer
-from grape_hf.alignment import frobenius_cosine
-from grape_hf.boundaries import Boundaries
-from grape_hf.feedback import Feedback
-from grape_hf.isolation import isolated
-from grape_hf.jacobian import JacobianSum, Noise, jacobian_terms
-from grape_hf.layout import Layout
-from grape_hf.probe import probe
-from grape_hf.shortcut import shortcut_feedback
+from grape_hf.core.alignment import frobenius_cosine
+from grape_hf.core.boundaries import Boundaries
+from grape_hf.core.feedback import Feedback
+from grape_hf.core.isolation import isolated
+from grape_hf.core.jacobian import JacobianSum, Noise, jacobian_terms
+from grape_hf.core.layout import Layout
+from grape_hf.core.shortcut import shortcut_feedback
+from grape_hf.engine.probe import probe
 
 timm = pytest.importorskip("timm", reason="the vision extra is not installed")
 
@@ -361,7 +361,7 @@ def test_timm_models_train(architecture, tmp_path):
     model = classifier(architecture, **options)
     trainer = GrapeTrainer(
         model,
-        arguments(tmp_path, max_steps=2, jvp_every=1, alignment_steps=2, feedback_size_limit=4),
+        arguments(tmp_path, max_steps=2, jvp_steps=1, alignment_steps=2, feedback_size_limit=4),
         train_dataset=samples(options.get("img_size", 64)),
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -403,7 +403,7 @@ def test_an_estimate_leaves_running_statistics_and_random_states():
 
 
 def test_a_checkpoint_brings_back_the_feedback(tmp_path):
-    options = dict(jvp_every=1, max_steps=4, save_strategy="steps", save_steps=2, feedback_sharing="grid")
+    options = dict(jvp_steps=1, max_steps=4, save_strategy="steps", save_steps=2, feedback_sharing="grid")
     whole = GrapeTrainer(classifier("resnet20_cifar"), arguments(tmp_path, **options), train_dataset=samples(32))
     whole.train()
     again = GrapeTrainer(classifier("resnet20_cifar"), arguments(tmp_path, **options), train_dataset=samples(32))
@@ -439,7 +439,7 @@ def test_matrices_above_the_limit_are_refused_before_training(tmp_path):
 
 def test_the_parts_of_a_plain_stack_are_one_block_in_weight_space(tmp_path):
     """VGG calls the parts, never the unit: a perturbed weight of it must act as in a module that holds the parts."""
-    from grape_hf.blocks import find_blocks
+    from grape_hf.core.blocks import find_blocks
 
     torch.manual_seed(0)
     parts = [

@@ -18,7 +18,7 @@ from torch.autograd import profiler
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
 
-import grape_hf.star
+import grape_hf.core.star
 
 # transformers 5.23 calls activation checkpointing by its name, 5.17 does not know that name.
 NAMES = [option.name for option in dataclasses.fields(TrainingArguments)]
@@ -98,12 +98,12 @@ def test_an_estimate_costs_dual_numbers_up_to_y_on_the_share_of_the_batch(tmp_pa
     rank_one = (BLOCKS - 1) * samples * POSITIONS * PRODUCT  # q a^T at each boundary
     predicted = rank_one if rule == "lms" else 0  # B^T v
     star = step_flops(tmp_path, **GAUSSIAN)
-    options = dict(method="grape", feedback_rule=rule, jvp_fraction=FRACTION, jvp_every=1)
+    options = dict(method="grape", feedback_rule=rule, jvp_fraction=FRACTION, jvp_steps=1)
     assert step_flops(tmp_path, **options) == star + passed + rank_one + predicted
 
 
 def test_a_step_on_which_no_estimate_is_due_costs_a_star(tmp_path):
-    options = dict(method="grape", jvp_fraction=FRACTION, jvp_every=2)
+    options = dict(method="grape", jvp_fraction=FRACTION, jvp_steps=2)
     star = step_flops(tmp_path, **GAUSSIAN)
     assert step_flops(tmp_path, step=1, **options) == star
     assert step_flops(tmp_path, step=2, **options) > star
@@ -126,13 +126,13 @@ def test_passes_of_an_estimate(tmp_path, mode, passes, extra):
         handles.append(model.transformer.h[0].register_forward_hook(lambda *_: calls.__setitem__(-1, calls[-1] + 1)))
 
     callbacks = [OnEvent("train_begin", count), OnEvent("step_end", lambda *_, **__: calls.append(0))]
-    options = dict(method="grape", jvp_mode=mode, jvp_passes=passes, jvp_every=3, max_steps=7)
+    options = dict(method="grape", jvp_mode=mode, jvp_passes=passes, jvp_steps=3, max_steps=7)
     train(GPT2, tmp_path, more={"callbacks": callbacks}, **options)
     assert calls[1:7] == [1, 1, 1 + extra, 1, 1, 1 + extra]  # without the first step, which probes the shapes
 
 
 def test_one_delta_is_alive_at_a_time(tmp_path, monkeypatch):
-    project_error, born, alive = grape_hf.star.project_error, [], []
+    project_error, born, alive = grape_hf.core.star.project_error, [], []
 
     def watched(*args: Any) -> torch.Tensor:
         alive.append(sum(ref() is not None for ref in born) + 1)
@@ -141,7 +141,7 @@ def test_one_delta_is_alive_at_a_time(tmp_path, monkeypatch):
         born.append(weakref.ref(delta.untyped_storage()))
         return delta
 
-    monkeypatch.setattr(grape_hf.star, "project_error", watched)
+    monkeypatch.setattr(grape_hf.core.star, "project_error", watched)
     train(GPT2, tmp_path, **GAUSSIAN, max_steps=2)
     assert alive == [1] * 2 * (BLOCKS - 1)
     assert not any(ref() is not None for ref in born)
@@ -164,5 +164,5 @@ def test_a_star_keeps_nothing_but_its_feedback_matrices_and_one_delta(tmp_path, 
     star = peak_bytes(tmp_path, method="dfa", **options)
     assert usual < star <= usual + matrices + delta
     # An estimate is over before the step's own forward; its sums, of the matrices' size, wait for the step's end.
-    grape = peak_bytes(tmp_path, method="grape", jvp_every=1, jvp_fraction=0.25, **options)
+    grape = peak_bytes(tmp_path, method="grape", jvp_steps=1, jvp_fraction=0.25, **options)
     assert star < grape <= usual + 2 * matrices + delta

@@ -15,14 +15,14 @@ from problems import BLOCKS, GPT2
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from grape_hf.alignment import delta_alignment, delta_products, feedback_alignment
-from grape_hf.baselines import dkp
-from grape_hf.boundaries import Boundaries
-from grape_hf.feedback import Feedback, refit_moments
-from grape_hf.jacobian import JacobianSum, Noise, jacobian_terms
-from grape_hf.layout import Layout, Pairing
-from grape_hf.modes import Forward
-from grape_hf.star import Broadcast, Receive, Star, project_error
+from grape_hf.core.alignment import delta_alignment, delta_products, feedback_alignment
+from grape_hf.core.boundaries import Boundaries
+from grape_hf.core.feedback import Feedback, refit_moments
+from grape_hf.core.jacobian import JacobianSum, Noise, jacobian_terms
+from grape_hf.core.layout import Layout, Pairing
+from grape_hf.core.modes import Forward
+from grape_hf.core.star import Broadcast, Receive, Star, project_error
+from grape_hf.methods import dkp
 
 DEVICES = ["cuda:0", "cuda:1", "cuda:2"]
 BATCH, POSITIONS, WIDTH = 2, 3, 4

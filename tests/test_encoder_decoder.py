@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from grape_hf import GrapeArgumentsMixin, GrapeMixin
-from grape_hf.alignment import delta_products
-from grape_hf.blocks import find_blocks, find_encoder
-from grape_hf.feedback import exact_pair
-from grape_hf.isolation import isolated
-from grape_hf.jacobian import JacobianSum, Noise, jacobian_terms
-from grape_hf.run import GrapeRun
-from grape_hf.samples import target_mask
+from grape_hf.core.alignment import delta_products
+from grape_hf.core.blocks import find_blocks, find_encoder
+from grape_hf.core.feedback import exact_pair
+from grape_hf.core.isolation import isolated
+from grape_hf.core.jacobian import JacobianSum, Noise, jacobian_terms
+from grape_hf.engine.run import GrapeRun
+from grape_hf.engine.samples import target_mask
 
 T5, BART = (next(m for m in MODELS if m.name == f"encoder-decoder-{family}") for family in ("t5", "bart"))
 ENCODER = 2  # blocks of the encoder, in front of three of the decoder

@@ -56,9 +56,9 @@ TESTED: dict[str, tuple[str, ...]] = {
     ),
     "test_trainer.py::test_activation_checkpointing_equals_none": (CHECKPOINTING,),
     "test_resume.py::test_15_steps_and_5_more_are_20": ("save_strategy", "save_steps", "seed"),
-    "test_checkpoints.py::test_leftovers_are_not_counted_as_checkpoints": ("save_total_limit",),
-    "test_checkpoints.py::test_sigterm_in_the_middle_of_a_step": ("enable_jit_checkpoint",),
-    "test_checkpoints.py::test_what_is_pushed_to_the_hub_is_complete": ("push_to_hub",),
+    "engine/test_checkpoints.py::test_leftovers_are_not_counted_as_checkpoints": ("save_total_limit",),
+    "engine/test_checkpoints.py::test_sigterm_in_the_middle_of_a_step": ("enable_jit_checkpoint",),
+    "engine/test_checkpoints.py::test_what_is_pushed_to_the_hub_is_complete": ("push_to_hub",),
     "distributed/test_ddp.py::test_2_ranks_of_4_are_1_rank_of_8": ("ddp_find_unused_parameters", "ddp_static_graph"),
     "distributed/test_ddp.py::test_a_sample_has_the_place_that_it_has_on_one_rank": ("accelerator_config",),
     "distributed/test_ddp.py::test_settings_of_ddp": (

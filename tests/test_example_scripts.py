@@ -54,8 +54,8 @@ def test_what_the_patched_script_takes_for_the_trainer_is_ours():
 
 def test_the_longer_line_brings_the_options_to_the_command_line():
     parser = HfArgumentParser(grape_hf.GrapeTrainingArguments)
-    (args,) = parser.parse_args_into_dataclasses(["--output_dir", "out", "--method", "dfa", "--jvp_every", "2"])
-    assert (args.method, args.jvp_every) == ("dfa", 2)
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", "out", "--method", "dfa", "--jvp_steps", "2"])
+    assert (args.method, args.jvp_steps) == ("dfa", 2)
 
 
 @pytest.fixture

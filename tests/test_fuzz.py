@@ -42,7 +42,7 @@ from problems import MLP, Problem
 from transformers import Trainer
 
 from grape_hf import GrapeArgumentsMixin
-from grape_hf.trainer import options_of
+from grape_hf.training_args import options_of
 
 EXAMPLES = settings.default.max_examples  # of the profile (conftest.py)
 

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from grape_hf import GrapeArgumentsMixin, GrapeTrainer
-from grape_hf.isolation import isolated
-from grape_hf.jacobian import Noise, jacobian_terms
-from grape_hf.run import GrapeRun
+from grape_hf.core.isolation import isolated
+from grape_hf.core.jacobian import Noise, jacobian_terms
+from grape_hf.engine.run import GrapeRun
 
 STEP = dict(max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0, lr_scheduler_type="constant")
 STEP |= dict(train_sampling_strategy="sequential", logging_strategy="no", label_names=["labels"])
@@ -304,7 +304,7 @@ def test_a_token_anywhere_is_read_where_the_error_arose(tmp_path):
     data = [{"input_ids": torch.randint(1, 30, (6,)), "labels": torch.tensor(i)} for i in range(8)]
     places = torch.stack([row["input_ids"] for row in data]).argmax(1)
     assert len(set(places.tolist()) - {0, 5}) > 0
-    options = dict(jvp_every=1, jvp_fraction=0.5, feedback_lr=1.0, train_sampling_strategy="sequential")
+    options = dict(jvp_steps=1, jvp_fraction=0.5, feedback_lr=1.0, train_sampling_strategy="sequential")
     options |= dict(max_steps=1, per_device_train_batch_size=8, learning_rate=0.0, feedback_rule="ema", optim="sgd")
     trainer = GrapeTrainer(Marked(), arguments(tmp_path, **options), train_dataset=data)
     trainer.train()

@@ -26,8 +26,8 @@ from PIL import Image as Picture
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from grape_hf import GrapeTrainer
+from grape_hf.engine.pushes import HubToken
 from grape_hf.hub import name_of, without_home
-from grape_hf.pushes import HubToken
 
 TOP = Path(__file__).parents[1]
 CLIENT = Path(__file__).with_name("hub_client.py")

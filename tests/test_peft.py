@@ -27,8 +27,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from grape_hf import GrapeTrainer
-from grape_hf.blocks import find_blocks
-from grape_hf.boundaries import Boundaries
+from grape_hf.core.blocks import find_blocks
+from grape_hf.core.boundaries import Boundaries
 
 # peft 0.19 where a base model has no name on the Hub, or shares its head with the embeddings.
 pytestmark = [

@@ -7,7 +7,7 @@ from helpers import assert_same, batches, make_trainer, weights
 from problems import LINEAR, MLP, PLAIN, Problem
 from reference import Settings
 
-from grape_hf.jacobian import Noise
+from grape_hf.core.jacobian import Noise
 
 STEPS, BATCH, SEED = 10, 8, 5
 
@@ -17,7 +17,7 @@ OPTIONS = {
     "feedback_lr": "feedback_lr",
     "normalize": "feedback_normalize",
     "passes": "jvp_passes",
-    "every": "jvp_every",
+    "every": "jvp_steps",
     "refit": "calibration_refit",
 }
 

@@ -17,8 +17,8 @@ from test_checkpoints import run_killed
 from test_trainer import CHECKPOINTING
 from transformers import Trainer
 
-from grape_hf.feedback import Feedback
-from grape_hf.run import FEEDBACK_NAME, STATE_NAME
+from grape_hf.core.feedback import Feedback
+from grape_hf.engine.run import FEEDBACK_NAME, STATE_NAME
 
 CALIBRATED = LEARNED | {"calibration_refit": True}
 RUNS = {

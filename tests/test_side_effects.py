@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from grape_hf import GrapeTrainer
-from grape_hf.isolation import isolated
+from grape_hf.core.isolation import isolated
 
 EVERYTHING = LEARNED | dict(alignment_steps=1)
 

@@ -147,7 +147,7 @@ def test_estimates_and_measurements_leave_no_trace(problem, mode, tmp_path):
     [
         pytest.param({"method": "dfa"}, id="dfa"),
         pytest.param(LEARNED, id="grape"),
-        pytest.param(LEARNED | {"jvp_fraction": 0.25, "jvp_every": 2}, id="quarter-every-2"),
+        pytest.param(LEARNED | {"jvp_fraction": 0.25, "jvp_steps": 2}, id="quarter-every-2"),
         pytest.param(
             LEARNED | {"calibration_strategy": "steps", "calibration_interval": 3, "calibration_refit": True},
             id="calibration-refit",
@@ -398,7 +398,7 @@ def test_auto_find_batch_size_starts_again_with_less(tmp_path):
 
 
 def test_logs(tmp_path):
-    trainer = train(GPT2, tmp_path, alignment_steps=4, logging_steps=2, **(LEARNED | {"jvp_every": 3}))
+    trainer = train(GPT2, tmp_path, alignment_steps=4, logging_steps=2, **(LEARNED | {"jvp_steps": 3}))
     # Logged after steps 2, 4, ..: estimates were made in steps 0, 3, 6, 9, and stand until the next; the exact
     # alignment was measured in 0, 4, 8.
     for kind, at in {"estimate": [2, 4, 6, 8, 10], "exact": [2, 6, 10]}.items():
@@ -489,6 +489,6 @@ def test_the_options_mix_with_other_arguments(tmp_path):
 
 def test_batch_norms_get_the_whole_batch(tmp_path):
     """A quarter of a batch of 4 is a single sample, of which a batch norm has no statistics."""
-    trainer = train(NOISY, tmp_path, jvp_every=1, jvp_fraction=0.25)
-    assert_same(weights(trainer), weights(train(NOISY, tmp_path, jvp_every=1, jvp_fraction=1.0)))
+    trainer = train(NOISY, tmp_path, jvp_steps=1, jvp_fraction=0.25)
+    assert_same(weights(trainer), weights(train(NOISY, tmp_path, jvp_steps=1, jvp_fraction=1.0)))
     assert logged(trainer, "grape/alignment/estimate/mean")

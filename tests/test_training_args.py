@@ -29,7 +29,7 @@ NUMBERS = {
     "feedback_lr": (float, [-0.1, float("inf"), float("nan")]),
     "feedback_size_limit": (float, [-1]),
     "jvp_fraction": (float, [0, 1.5]),
-    "jvp_every": (int, [0, 2.5]),
+    "jvp_steps": (int, [0, 2.5]),
     "calibration_interval": (float, [0, -1, float("inf")]),
     "calibration_threshold": (float, [-1.5, 2]),
     "calibration_cooldown": (int, [0]),
@@ -103,9 +103,9 @@ def test_no_number_is_forgotten():
 @ways
 def test_numbers_keep_their_kind(make, tmp_path):
     """YAML reads 1e-3 as a string."""
-    args = make(tmp_path, feedback_lr="1e-3", jvp_every="2", jvp_fraction="5e-1", calibration_interval="1")
-    assert (args.feedback_lr, args.jvp_every, args.jvp_fraction, args.calibration_interval) == (0.001, 2, 0.5, 1.0)
-    assert [type(v) for v in (args.feedback_lr, args.jvp_every, args.calibration_interval)] == [float, int, float]
+    args = make(tmp_path, feedback_lr="1e-3", jvp_steps="2", jvp_fraction="5e-1", calibration_interval="1")
+    assert (args.feedback_lr, args.jvp_steps, args.jvp_fraction, args.calibration_interval) == (0.001, 2, 0.5, 1.0)
+    assert [type(v) for v in (args.feedback_lr, args.jvp_steps, args.calibration_interval)] == [float, int, float]
 
 
 def test_a_yaml_file_as_one_would_write_it(tmp_path):

@@ -28,7 +28,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from grape_hf import GrapeTrainer
-from grape_hf.isolation import _products, full_precision
+from grape_hf.core.isolation import _products, full_precision
 
 CALIBRATED = LEARNED | {"calibration_strategy": "steps", "calibration_interval": 1}
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}

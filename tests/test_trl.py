@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from grape_hf import GrapeArgumentsMixin, GrapeMixin
-from grape_hf.boundaries import Boundaries
+from grape_hf.core.boundaries import Boundaries
 
 # By default trl runs in bf16 and checkpoints activations, the latter by the name that transformers 5.23 has given up.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*is deprecated:FutureWarning")

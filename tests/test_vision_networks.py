@@ -20,7 +20,7 @@ from transformers import (
     pipeline,
 )
 
-from grape_hf.blocks import find_blocks, find_head
+from grape_hf.core.blocks import find_blocks, find_head
 from grape_hf.vision import image_classifier, loading_note
 from grape_hf.vision.networks import TAG, CifarResNet, default_cfgs
 

@@ -113,7 +113,7 @@ def test_import_loads_nothing_that_the_trainer_has_not_loaded(used: tuple[Path, 
     added = used[1]["added"]
     assert "grape_hf.trainer" in added
     assert [name for name in added if name.split(".")[0] != "grape_hf"] == []
-    assert {"grape_hf.cards", "grape_hf.plots", "grape_hf.vision", "grape_hf.text"}.isdisjoint(added)
+    assert {"grape_hf.reports.cards", "grape_hf.reports.plots", "grape_hf.vision", "grape_hf.text"}.isdisjoint(added)
 
 
 def test_import_adds_less_than_three_tenths_of_a_second(used: tuple[Path, dict]):

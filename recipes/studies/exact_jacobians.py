@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from grape_hf.boundaries import Boundaries
-from grape_hf.isolation import isolated
-from grape_hf.jacobian import Noise
+from grape_hf.core.boundaries import Boundaries
+from grape_hf.core.isolation import isolated
+from grape_hf.core.jacobian import Noise
 
 
 class ExactJacobians:

@@ -41,7 +41,7 @@ from grape_hf.metrics import accuracy
 
 LINE = "from grape_hf import GrapeTrainer as Trainer"
 LINE_WITH_OPTIONS = LINE + ", GrapeTrainingArguments as TrainingArguments"
-OPTIONS = "--jvp_every 2 --alignment_steps 50 --calibration_strategy steps --calibration_interval 20"
+OPTIONS = "--jvp_steps 2 --alignment_steps 50 --calibration_strategy steps --calibration_interval 20"
 COMMON = (
     "--per_device_train_batch_size 16 --per_device_eval_batch_size 64 --logging_steps 10 --seed 0 "
     "--report_to none --use_cpu True --dataloader_pin_memory False --disable_tqdm True"

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from regressed_feedback import RIDGE, train
 from torch import Tensor, nn
 
-from grape_hf.blocks import find_blocks
-from grape_hf.feedback import refit
+from grape_hf.core.blocks import find_blocks
+from grape_hf.core.feedback import refit
 
 RESULTS = Path(__file__).parent / "images" / "gated_feedback"
 BELOW, SHAPE, N_Y = 4, (32, 16, 16), 100  # blocks below the point, its h_l for one image, and e

@@ -30,7 +30,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
-from grape_hf.log_names import current_names
+from grape_hf.reports.log_names import current_names
 
 TOP = Path(__file__).resolve().parents[2]
 sys.path.append(str(TOP / "recipes"))  # a script sees its own folder alone

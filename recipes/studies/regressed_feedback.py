@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
-from grape_hf.alignment import delta_alignment, delta_products
-from grape_hf.blocks import find_blocks, find_head
-from grape_hf.boundaries import Boundaries
-from grape_hf.feedback import refit, refit_moments
-from grape_hf.isolation import isolated
-from grape_hf.points import feedback_blocks
+from grape_hf.core.alignment import delta_alignment, delta_products
+from grape_hf.core.blocks import find_blocks, find_head
+from grape_hf.core.boundaries import Boundaries
+from grape_hf.core.feedback import refit, refit_moments
+from grape_hf.core.isolation import isolated
+from grape_hf.engine.points import feedback_blocks
 from grape_hf.vision import image_classifier
 from grape_hf.vision.data import Images, mean_and_std
 from grape_hf.vision.sources import load_images

@@ -12,7 +12,7 @@ from helpers import make_trainer
 from problems import GPT2
 from torch import nn
 
-from grape_hf.parallelism import refuse_parallelism
+from grape_hf.engine.parallelism import refuse_parallelism
 
 
 def refused(folder: Path, **options: Any) -> str:

@@ -6,9 +6,9 @@ from problems import PLAIN, VOCABULARY
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from grape_hf.boundaries import Boundaries
-from grape_hf.jacobian import Noise, jacobian_terms
-from grape_hf.ranks import ALONE, Ranks
+from grape_hf.core.boundaries import Boundaries
+from grape_hf.core.jacobian import Noise, jacobian_terms
+from grape_hf.engine.ranks import ALONE, Ranks
 
 
 def tensors(rank: int) -> list[Tensor]:

@@ -1,0 +1,1 @@
+"""The method in plain PyTorch: the star, its feedback and their estimates. Knows neither options nor the Trainer."""

@@ -1,0 +1,93 @@
+"""The hooks of one block: where it hands on its hidden states, and where it reads those of the block before."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from grape_hf.core import nested
+from grape_hf.core.blocks import ends
+from grape_hf.core.modes import Mode, PerturbMode
+
+if TYPE_CHECKING:
+    from grape_hf.core.boundaries import Boundaries
+
+
+class BlockHook:
+    """The hooks of one block: at its output, and at its input where it is a part of a plain stack."""
+
+    def __init__(self, boundaries: "Boundaries", index: int, block: nn.Module) -> None:
+        self.boundaries, self.index, self.block = boundaries, index, block
+        self.inputs: tuple[tuple, dict] = (), {}
+        self.cuts = index < len(boundaries) and not boundaries.readers[index]
+        # y, or what is y if the blocks behind are left out
+        encoder = max(boundaries.pooled, default=-1)
+        self.makes_y = boundaries.hidden and (index == len(boundaries) or (not self.cuts and index > encoder))
+
+    def at_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Remember what the block is called with, for an estimate that runs it again with other weights."""
+        if isinstance(self.boundaries._mode, PerturbMode):
+            self.inputs = args, kwargs
+
+    def at_output(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Put what the mode makes of h_l, or of y, into what the block returns."""
+        mode = self.boundaries._mode
+        if mode is None:
+            return None
+        path = self.boundaries.parts.get(self.index)
+        path = nested.first_floating(output) if path is None else path
+        h = None if path is None else nested.get(output, path)
+        if not isinstance(h, Tensor):
+            raise TypeError(
+                f"block {self.index + 1} ({type(self.block).__name__}) was expected to return its hidden states, or a "
+                "tuple, a list, a mapping or a dataclass that holds them; it returned "
+                f"{type(output).__name__}. Name other blocks with the option `blocks`."
+            )
+        assert path is not None
+        mode.at_block(self.index, h)
+        if isinstance(mode, PerturbMode) and ends(self.block)[0] is module and self.index < len(self.boundaries):
+            self.inputs = args, kwargs
+        new = h
+        if self.cuts:
+            new = mode.at_boundary(self.index, h, self.block, *self.taken())
+        elif self.makes_y:
+            new = mode.at_output(h, self.index)
+        return None if new is h else nested.put(output, path, new)
+
+    def taken(self) -> tuple[tuple, dict]:
+        """Return what the block was called with, and forget it."""
+        inputs, self.inputs = self.inputs, ((), {})
+        return inputs
+
+
+class ReaderHook:
+    """The hook at the input of a block that reads one h_l, or a decoder's, which reads two."""
+
+    def __init__(self, boundaries: "Boundaries", module: nn.Module, hooks: list[BlockHook]) -> None:
+        self.boundaries, self.hooks = boundaries, hooks
+        self.indices = [index for index, readers in enumerate(boundaries.readers) if module in readers]
+
+    def at_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Put what the mode makes of h_l into what the block is called with."""
+        mode = self.boundaries._mode
+        if mode is None:
+            return None
+        inputs: Any = (args, kwargs)
+        for index in self.indices:
+            path = self.boundaries.places.get(index) or nested.first_floating(inputs)
+            h = None if path is None else nested.get(inputs, path)
+            if not isinstance(h, Tensor):
+                continue
+            assert path is not None
+            inputs = nested.put(inputs, path, self._read(mode, index, h))
+        return inputs
+
+    def _read(self, mode: Mode, index: int, h: Tensor) -> Tensor:
+        """Return what takes the place of h_l: the same for all that read the same."""
+        hook = self.hooks[index]
+        if index not in self.boundaries.pooled:
+            return mode.at_boundary(index, h, hook.block, *hook.taken())
+        read = self.boundaries._read_before.get(index)
+        if read is None or read[0] is not mode or read[1] is not h:
+            read = mode, h, mode.at_boundary(index, h, hook.block, *hook.taken())
+            self.boundaries._read_before[index] = read
+        return read[2]

@@ -1,0 +1,261 @@
+r"""The feedback matrices B_1 .. B_{L-1}: how they start, how they are learned, how they are kept.
+
+``B_l``, ``(n_l, n_y)``, stands for the transposed Jacobian J_l^T, so that delta_l = B_l e. Three rules refine it from
+an estimate ``J_hat``, ``(n_y, n_l)``: ``cosine`` (the paper), ``ema`` and ``lms``; ``refit`` fits it to exact deltas.
+The matrices are plain tensors, no parameters of the model: its optimiser, gradient clipping, wrappers and saved
+weights never meet them.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from grape_hf.core.finite import FiniteGuard
+from grape_hf.core.jacobian import JacobianSum
+from grape_hf.core.layout import SAME
+from grape_hf.core.modes import Forward
+
+FeedbackInit = Literal["identity", "gaussian", "zero"]
+FeedbackRule = Literal["lms", "cosine", "ema"]
+
+
+def initial_feedback(
+    init: FeedbackInit, n_l: int, n_y: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the first B_l, ``(n_l, n_y)``, on the CPU.
+
+    ``identity``: the skip path's own Jacobian, where h_l and y are of one size. ``gaussian``: entries from
+    N(0, 1/n_l), so that columns have unit length in the mean (DFA). ``zero``: no feedback before the first estimate.
+
+    Raises:
+        ValueError: if ``init="identity"`` and n_l != n_y.
+    """
+    if init == "identity":
+        if n_l != n_y:
+            raise ValueError(
+                f'feedback_init="identity" needs h_l and y of one size, got n_l = {n_l} and n_y = {n_y}. Use '
+                'feedback_init="gaussian" or "zero", or measure the error elsewhere (feedback_space).'
+            )
+        return torch.eye(n_l, dtype=dtype)
+    if init == "zero":
+        return torch.zeros(n_l, n_y, dtype=dtype)
+    return torch.randn(n_l, n_y, generator=generator, dtype=dtype) / n_l**0.5
+
+
+def normalize_columns(B: Tensor, eps: float = 1e-8) -> Tensor:
+    """Scale each column of ``B`` to unit length: B[:,k] / (|B[:,k]| + eps)."""
+    return B / (torch.linalg.vector_norm(B, dim=0, keepdim=True) + eps)
+
+
+def refine_cosine(B: Tensor, J_hat: Tensor, lr: float, eps: float = 1e-8) -> Tensor:
+    r"""Take one gradient step on the alignment loss, column by column.
+
+    .. math:: L(B_l) = \sum_k \left(1 - \cos(B_l[:,k], \hat J_l^\top[:,k])\right)
+
+    The loss is the sum over columns, so ``lr`` is a rate per column: a mean would divide the step by n_y. The gradient
+    is 1 / |B_l[:,k]| long, without bound at zero, where it has no direction: a column shorter than ``lr`` is taken to
+    be as long as that, by which no step is longer than one, and a column of zeros becomes J_hat's with unit length.
+
+    Args:
+        B: ``(n_l, n_y)``.
+        J_hat: ``(n_y, n_l)``; a zero row leaves its column as it is.
+        lr: eta_B.
+        eps: keeps the division by a length defined.
+
+    Source: GrAPE (ICLR 2026), local cosine alignment loss.
+    """
+    T = J_hat.mT
+    B_length, T_length = (torch.linalg.vector_norm(t, dim=0, keepdim=True) + eps for t in (B, T))
+    cosine = torch.linalg.vecdot(B, T, dim=0) / (B_length * T_length)
+    bounded = B_length.clamp(min=lr)
+    # B + lr / bounded (T / |T| - cosine B / |B|), in as few passes over the matrices as can be
+    return torch.addcmul(B * (1 - lr * cosine / (B_length * bounded)), T, lr / (bounded * T_length))
+
+
+def refine_ema(B: Tensor, J_hat: Tensor, lr: float | Tensor) -> Tensor:
+    """Move B towards the estimate: (1 - lr) B + lr J_hat^T. B then estimates the mean Jacobian, magnitude included.
+
+    Source: Bacho & Chu 2022 (FDFA).
+    """
+    return torch.lerp(B, J_hat.mT, lr)
+
+
+def refine_lms(B: Tensor, residual: Tensor, lr: float | Tensor) -> Tensor:
+    r"""Learn from what B did not predict: B + lr * mean(a_l r^T), r = q - sum_k B_k^T v_k.
+
+    Args:
+        B: ``(n_l, n_y)``.
+        residual: mean of r a^T, ``(n_y, n_l)``: ``jacobian_terms`` with ``B``.
+        lr: eta, already divided by ``max(1, sum_l n_l / N)`` (``Feedback.refine``).
+    """
+    return B + lr * residual.mT
+
+
+def refit(B: Tensor, ee: Tensor, ed: Tensor, ridge: float = 0.1) -> Tensor:
+    r"""Fit B_l to exact deltas by ridge regression, shrinking towards the present B_l.
+
+    .. math::
+        B^\top + \left(E^\top E + \lambda \tfrac{\mathrm{tr}(E^\top E)}{n_y} I\right)^{-1}
+        E^\top (\Delta - E B^\top)
+
+    Args:
+        B: ``(n_l, n_y)``.
+        ee: E^T E, ``(n_y, n_y)``, summed over samples and positions.
+        ed: E^T Delta, ``(n_y, n_l)``.
+        ridge: lambda.
+    """
+    scale = torch.diagonal(ee).mean().clamp(min=torch.finfo(ee.dtype).tiny)  # e has no natural unit
+    ee, ed = ee / scale, ed / scale
+    regularised = ee + ridge * torch.eye(len(ee), dtype=ee.dtype, device=ee.device)
+    return B + torch.linalg.solve(regularised, ed - ee @ B.mT).mT
+
+
+def refit_moments(
+    forwards: Sequence[Forward], n_boundaries: int, B: Sequence[Tensor] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Return (E^T E, E^T Delta) of each boundary, summed over recorded forwards after a backward.
+
+    Positions that no gradient came to, padding above all, have no say; nor does a boundary in a forward that left out
+    the block behind it, or before which nothing is trained: then the sums are zero, by which a refit changes nothing.
+
+    Args:
+        forwards: what ``Boundaries.record`` kept.
+        n_boundaries: how many boundaries there are.
+        B: the feedback matrices, for the shapes of sums that are zero; by default those of h_l and y.
+    """
+    moments = []
+    for index in range(n_boundaries):
+        terms = []
+        for forward in (f for f in forwards if f.exact(index)):
+            e, delta = exact_pair(forward, index)
+            reached = delta.any(-1, keepdim=True).to(e)
+            e = (e.expand(-1, delta.shape[1], -1) * reached).flatten(0, 1)
+            terms.append((e.mT @ e, e.mT @ delta.flatten(0, 1)))
+        if not terms:
+            terms = [
+                _no_moments(forwards, index)
+                if B is None
+                else _zeros(B[index].shape[0], B[index].shape[1], B[index].device)
+            ]
+        moments.append((sum(t[0] for t in terms), sum(t[1] for t in terms)))
+    return moments  # type: ignore[return-value]
+
+
+def _no_moments(forwards: Sequence[Forward], index: int) -> tuple[Tensor, Tensor]:
+    h, y = next((f.h[index], f.y) for f in forwards if index in f.h and f.y is not None)
+    vectors = forwards[0].pairings.get(index, SAME).layout.vectors
+    return _zeros(vectors(h).shape[-1], vectors(y).shape[-1], h.device)
+
+
+def _zeros(n_l: int, n_y: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.zeros(n_y, n_y, device=device), torch.zeros(n_y, n_l, device=device)
+
+
+def exact_pair(forward: Forward, index: int) -> tuple[Tensor, Tensor]:
+    """Return e, ``(batch, positions or 1, n_y)``, and the exact delta_l, ``(batch, positions, n_l)``.
+
+    Both are in float32 at least.
+
+    Raises:
+        RuntimeError: if the backward left one of the two without a gradient.
+    """
+    if not forward.exact(index):
+        raise RuntimeError(f"no exact gradient reached boundary h_{index + 1} or the output y in this backward.")
+    assert forward.e is not None
+    exact, pairing = forward.delta[index], forward.pairings.get(index, SAME)
+    delta = pairing.layout.vectors(exact).to(torch.promote_types(exact.dtype, torch.float32))
+    return pairing.align(pairing.layout.vectors(forward.e).to(delta), delta.shape[1]), delta
+
+
+class Feedback:
+    """The feedback matrices of a model.
+
+    Args:
+        B: the matrices, B_1 .. B_{L-1}, each ``(n_l, n_y)``.
+        rule: how ``refine`` learns.
+        lr: eta_B; per column for ``cosine``.
+        normalize: bring columns to unit length after each refinement, and at the start.
+        guard: keeps NaN and Inf out, and counts; one that never raises by default.
+
+    Attributes:
+        B: the matrices, replaced by each refinement.
+    """
+
+    def __init__(
+        self,
+        B: Sequence[Tensor],
+        rule: FeedbackRule = "lms",
+        lr: float = 0.02,
+        normalize: bool = False,
+        guard: FiniteGuard | None = None,
+    ) -> None:
+        self.B = [normalize_columns(b) for b in B] if normalize else list(B)
+        self.rule, self.lr, self.normalize = rule, lr, normalize
+        self.guard = guard or FiniteGuard()
+
+    def refine(self, estimate: JacobianSum) -> None:
+        """Learn from the sums of one optimiser step; for ``lms`` they must be those of the residual (``B`` given)."""
+        means = estimate.mean()
+        if self.rule == "lms":
+            # A joint pass predicts q from sum_l n_l numbers: a full step needs at least as many samples of it.
+            width = sum(b.shape[0] for b in self.B)
+            rates = [self.lr / (width / n).clamp(min=1) for n in estimate.tangents]
+            refined = [refine_lms(*args) for args in zip(self.B, means, rates, strict=True)]
+        elif self.rule == "ema":
+            rates = [self.lr * (n > 0).to(b) for b, n in zip(self.B, estimate.counts, strict=True)]  # none from nothing
+            refined = [refine_ema(b, j.to(b), rate) for b, j, rate in zip(self.B, means, rates, strict=True)]
+        else:
+            refined = [refine_cosine(b, j.to(b), self.lr) for b, j in zip(self.B, means, strict=True)]
+        self.take(refined)
+
+    def jacobians(self, estimate: JacobianSum) -> list[Tensor]:
+        """Return J_hat_l, ``(n_y, n_l)``: the means, plus what B predicted where the sums are of the residual."""
+        means = estimate.mean()
+        return [b.mT + m for b, m in zip(self.B, means, strict=True)] if self.rule == "lms" else means
+
+    def refit(self, moments: Sequence[tuple[Tensor, Tensor]], ridge: float = 0.1) -> None:
+        """Fit every B_l to exact deltas (``refit``, ``refit_moments``)."""
+        self.take([refit(b, ee.to(b), ed.to(b), ridge) for b, (ee, ed) in zip(self.B, moments, strict=True)])
+
+    def take(self, refined: list[Tensor]) -> None:
+        """Replace the matrices, unless a number in the new ones is NaN or Inf (``FiniteGuard``)."""
+        self.B = self.guard.admit(self.B, [normalize_columns(b) for b in refined] if self.normalize else refined)
+
+    def save(self, path: Path, blocks: Sequence[str]) -> None:
+        """Write the matrices to a safetensors file, with the names of the blocks that they end at."""
+        tensors = {f"B_{i}": b.contiguous().cpu() for i, b in enumerate(self.B, 1)}
+        save_file(tensors, path, metadata={"format": "pt", "blocks": json.dumps(list(blocks))})
+
+    def load(self, path: Path, blocks: Sequence[str]) -> None:
+        """Read the matrices back.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is of other blocks or sizes, or not readable.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no feedback matrices at {path}: the checkpoint is of a stock Trainer, or incomplete. Resume from one "
+                "that GrapeTrainer wrote, or start B_l afresh: load the model from there and call train() without "
+                "resume_from_checkpoint."
+            )
+        try:
+            with safe_open(path, "pt") as file:
+                saved = json.loads(file.metadata()["blocks"])
+                tensors = [file.get_tensor(f"B_{i}") for i in range(1, len(file.keys()) + 1)]
+        except Exception as error:
+            raise ValueError(f"cannot read the feedback matrices in {path}: {error}") from error
+        shapes, expected = [tuple(t.shape) for t in tensors], [tuple(b.shape) for b in self.B]
+        if saved != list(blocks) or shapes != expected:
+            raise ValueError(
+                f"{path} is of another model or grouping: expected matrices {expected} at {list(blocks)}, found "
+                f"{shapes} at {saved}. Resume with the model and options (blocks, feedback_points, feedback_space) "
+                "of the run that wrote it."
+            )
+        self.B = [t.to(b) for t, b in zip(tensors, self.B, strict=True)]

@@ -1,0 +1,54 @@
+"""Walks through autograd's graph, and whether it is being walked by a backward."""
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grape_hf.core.nested import Path
+
+
+def graph_of(*tensors: Tensor, ends: Callable[[Any], bool] = lambda node: False) -> Iterator[Any]:
+    """Yield the nodes of autograd's graph behind tensors, each once; not what lies behind a node that ``ends`` it."""
+    nodes: list[Any] = [t.grad_fn for t in tensors]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        yield node
+        seen.add(node)
+        if not ends(node):
+            nodes.extend(parent for parent, _ in node.next_functions)
+
+
+class Mark(torch.autograd.Function):
+    """Identity, which a walk through the graph can tell from other nodes."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, mark: tuple[int, Path] | None) -> Tensor:
+        """Return h."""
+        ctx.mark = mark
+        return h.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Hand the gradient on."""
+        return grad, None
+
+
+def marks_of(tensors: Collection[Tensor]) -> set[tuple[int, Path]]:
+    """Return the marks that ``tensors`` were made of, by way of no other mark."""
+    found = graph_of(*tensors, ends=lambda node: getattr(node, "mark", None) is not None)
+    return {mark for node in found if (mark := getattr(node, "mark", None)) is not None}
+
+
+def parameters_of(tensors: Collection[Tensor]) -> set[int]:
+    """The ids of all parameters in the graph of ``tensors``."""
+    return {id(node.variable) for node in graph_of(*tensors) if getattr(node, "variable", None) is not None}
+
+
+def in_backward() -> bool:
+    """Whether this runs inside a backward: there, activation checkpointing runs modules once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

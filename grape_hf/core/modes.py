@@ -1,0 +1,295 @@
+"""What the hooks of ``boundaries.py`` do in a step: broadcast, record or perturb. Each object serves one ``with``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from grape_hf.core.graph import graph_of, in_backward
+from grape_hf.core.layout import Pairing
+from grape_hf.core.star import Broadcast, Exact, Matrix, Receive, Star
+
+if TYPE_CHECKING:
+    from grape_hf.core.boundaries import Boundaries
+
+
+Keep = Literal["nothing", "e", "h and e"]
+
+
+@dataclass
+class Forward:
+    """What one forward of the model showed, by the boundary's index (0 for h_1).
+
+    Attributes:
+        h: the boundary activations.
+        pairings: how h_l goes together with e.
+        delta: what a backward left at h_l by way of the block behind it: the exact delta_l.
+        y: the output that e is measured at.
+        errors: what a backward left at each module that may have made y, by its number.
+        site: the number of the module that did.
+        call: the call of the model that this is (``calls.py``).
+        reached: whether it got to y.
+    """
+
+    h: dict[int, Tensor] = field(default_factory=dict)
+    pairings: dict[int, Pairing] = field(default_factory=dict)
+    delta: dict[int, Tensor] = field(default_factory=dict)
+    y: Tensor | None = None
+    errors: dict[int, Tensor] = field(default_factory=dict)
+    site: int = 0
+    call: Any = None
+    reached: bool = False
+
+    @property
+    def e(self) -> Tensor | None:
+        """dLoss/dy; None before a backward."""
+        return self.errors.get(self.site)
+
+    def exact(self, index: int) -> bool:
+        """Whether a backward left exact gradients at boundary ``index`` and at y: not where all before is frozen."""
+        return index in self.delta and self.e is not None
+
+
+class OutputReached(Exception):
+    """Raised at y by ``perturb``, which also catches it, so that nothing behind y is computed."""
+
+
+class Mode:
+    """What happens at h_l and at y."""
+
+    def at_block(self, index: int, h: Tensor) -> None:
+        """Take note that block ``index`` made ``h``."""
+
+    def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        """Return what takes the place of h_l; ``args`` and ``kwargs`` are what the block was called with."""
+        raise NotImplementedError
+
+    def at_output(self, y: Tensor, site: int) -> Tensor:
+        """Return what takes the place of y, or of what is y if no later block runs; ``site`` numbers the module."""
+        raise NotImplementedError
+
+
+class _FollowingMode(Mode):
+    """A mode that follows the forwards with gradients, of which one loss may have several.
+
+    Attributes:
+        forwards: one for each.
+        unheard: how many of them ended before y.
+    """
+
+    def __init__(self, boundaries: "Boundaries") -> None:
+        self.boundaries = boundaries
+        self.forwards: list[Forward] = []
+        self.unheard = 0
+        self._last = -1  # the block that ran last
+        self._ended = True  # whether no later module can make y
+        self._call: Any = None  # of the model, in which the forward under way is
+        self._made: list[Any] = []  # the graph's nodes of the last blocks
+        self._scratch: _FollowingMode | None = None
+
+    def begin(self) -> None:
+        """Begin a forward."""
+        self._call = self.boundaries.current_call
+        self.forwards.append(Forward(call=self._call))
+        self._last, self._ended = -1, False
+
+    def under_way(self) -> "_FollowingMode | None":
+        """Return the mode that acts now: none without gradients, and one to throw away during a recomputation.
+
+        Activation checkpointing of a segment of blocks runs them, with their hooks, once more in the backward. What the
+        hooks put into the graph must be the same there, and counts for nothing.
+        """
+        if not torch.is_grad_enabled():
+            return None
+        if not in_backward():
+            return self
+        self._scratch = self._scratch or self.recomputation()
+        return self._scratch
+
+    def recomputation(self) -> "_FollowingMode":
+        """Return a mode that does the same to the graph as this one."""
+        return type(self)(self.boundaries)
+
+    def at_block(self, index: int, h: Tensor) -> None:
+        """Follow; raise RuntimeError if a block runs on what a later one made."""
+        if self.under_way() is self:
+            if index <= self._last:
+                self._check_start(index, h)
+            self._follow(index)
+            self._last = index
+            if index == len(self.boundaries):
+                self._made.append(h.grad_fn)
+
+    def _follow(self, index: int) -> Forward:
+        """Return the forward in which block ``index`` runs, or is about to."""
+        if self._ended or index <= self._last or self._call is not self.boundaries.current_call:
+            self.begin()
+        return self.forwards[-1]
+
+    def _check_start(self, index: int, h: Tensor) -> None:
+        block = type(self.boundaries.blocks[index]).__name__
+        if any(node in self._made for node in graph_of(h)):
+            raise RuntimeError(
+                f"block {index + 1} ({block}) ran again on what the last block had made of its output. Direct "
+                "feedback needs a chain of blocks that run once each: name others with the option `blocks`."
+            )
+        if not self._ended and self._call is self.boundaries.current_call and not self.boundaries.skips:
+            raise RuntimeError(
+                f"block {index + 1} ({block}) ran after block {self._last + 1}, before y was reached. Direct feedback "
+                "needs blocks that run once each, in order, in every forward that leads to y. With several forwards "
+                'for one head use feedback_space="hidden"; else name other blocks.'
+            )
+
+
+class BroadcastMode(_FollowingMode):
+    """Cut the graph at each h_l, and join its arms at y (``Boundaries.broadcast``)."""
+
+    def __init__(
+        self, boundaries: "Boundaries", B: list[Matrix | None], mask: Tensor | None = None, keep: Keep = "nothing"
+    ) -> None:
+        super().__init__(boundaries)
+        self.B, self.mask, self.keep = B, mask, keep
+        self.star = Star()  # of the forward under way
+        # The stand-in of the node made last. Not the star's: its node holds the star, and would not be let go.
+        self.token: Tensor | None = None
+
+    def begin(self) -> None:
+        """Begin a star of its own."""
+        self.close()
+        super().begin()
+
+    def close(self) -> None:
+        """Count the forward under way if its blocks wait for an error that cannot come any more."""
+        self.unheard += self.token is not None and self.star.site is None
+        self.star, self.token = Star(), None
+
+    def recomputation(self) -> "BroadcastMode":
+        """Return a mode that does the same to the graph as this one."""
+        return BroadcastMode(self.boundaries, self.B)
+
+    def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        """Cut the graph behind h_l; its arm waits for y. Raises RuntimeError if the gradient is lost already."""
+        mode = self.under_way()
+        if mode is None:
+            return h
+        copied = index in self.boundaries.copied
+        pairing = self.boundaries.pairing(index, h, self.mask)
+        if mode is self:
+            self.boundaries.check_size(index, h)
+            forward = self._follow(index + 1)
+            if self.keep == "h and e":
+                forward.h[index] = h.detach().clone() if copied else h.detach()
+                forward.pairings[index] = pairing
+        if self.B[index] is None:
+            return h.clone() if copied else h
+        if h.requires_grad:
+            assert isinstance(mode, BroadcastMode)
+            padding, still = pairing.padding, pairing.padded(None)
+            mode.token = Receive.apply(h, mode.token, self.B[index], mode.star, padding, still)
+        elif mode is self and self._last == index:
+            self._check_gradient(index, h, block)
+        return h.detach().clone() if copied else h.detach()
+
+    @staticmethod
+    def _check_gradient(index: int, h: Tensor, block: nn.Module) -> None:
+        if not h.requires_grad and any(p.requires_grad for p in block.parameters()):
+            raise RuntimeError(
+                f"the output of block {index + 1} ({type(block).__name__}) carries no gradient although the block has "
+                "weights to train. Reentrant activation checkpointing does this: set "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+
+    def at_output(self, y: Tensor, site: int) -> Tensor:
+        """Return y, whose backward sends e over the arms that wait."""
+        mode = self.under_way()
+        if mode is None:
+            return y
+        assert isinstance(mode, BroadcastMode)
+        if mode is self and site < len(self.boundaries.blocks):
+            self._check_gradient(site, y, self.boundaries.blocks[site])
+        if mode.token is not None:
+            mode.star.site = site
+            kept = self.forwards[-1].errors if mode is self and self.keep != "nothing" else None
+            y = Broadcast.apply(y, mode.token, mode.star, site, kept)
+        if mode is self and self.forwards:
+            self.forwards[-1].reached, self.forwards[-1].site = True, site
+            if self.keep == "h and e":
+                self.forwards[-1].y = y.detach()
+            if site >= len(self.boundaries):
+                self._ended = True
+                self._made.append(y.grad_fn)
+        return y
+
+
+class RecordMode(_FollowingMode):
+    """Keep h_l and y of an ordinary forward, and what a backward leaves there (``Boundaries.record``)."""
+
+    def __init__(self, boundaries: "Boundaries", mask: Tensor | None = None) -> None:
+        super().__init__(boundaries)
+        self.mask = mask
+
+    def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        """Keep h_l, and have a backward keep its gradient, the exact delta_l."""
+        mode = self.under_way()
+        if mode is None:
+            return h
+        delta: dict[int, Tensor] = {}
+        if mode is self:
+            self.boundaries.check_size(index, h)
+            forward = self._follow(index + 1)
+            forward.h[index], delta = h, forward.delta
+            forward.pairings[index] = self.boundaries.pairing(index, h, self.mask)
+        passed = Exact.apply(h, delta, index) if h.requires_grad else h
+        return passed.clone() if index in self.boundaries.copied else passed
+
+    def at_output(self, y: Tensor, site: int) -> Tensor:
+        """Keep y, and have a backward keep its gradient, e."""
+        mode = self.under_way()
+        if mode is None or not self.forwards:
+            return y
+        errors: dict[int, Tensor] = {}
+        if mode is self:
+            forward = self.forwards[-1]
+            forward.site, errors = site, forward.errors
+            self._ended = site >= len(self.boundaries)
+        y = Exact.apply(y, errors, site) if y.requires_grad else y
+        if mode is self:
+            forward.y = y
+        return y
+
+
+class PerturbMode(Mode):
+    """Put in place of each h_l what a function returns for it, in one forward (``Boundaries.perturb``)."""
+
+    def __init__(
+        self,
+        boundaries: "Boundaries",
+        inject: Callable[[int, Tensor, nn.Module, tuple, dict], Tensor],
+    ) -> None:
+        self.boundaries, self.inject, self.forward = boundaries, inject, Forward()
+        self.under_way = not torch.is_grad_enabled()  # else the forward meant begins with gradients
+        self.ended = False
+
+    def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        """Return what ``inject`` makes of h_l, in the forward that is meant and in no other."""
+        if self.ended:  # a further forward for the same loss
+            return h
+        self.under_way = self.under_way or torch.is_grad_enabled()
+        if not self.under_way:
+            return h
+        self.boundaries.check_size(index, h)
+        return self.inject(index, h, block, args, kwargs)
+
+    def at_output(self, y: Tensor, site: int) -> Tensor:
+        """Keep y, and end the forward there, unless the whole is wanted."""
+        if not self.under_way or self.ended:
+            return y
+        self.forward.y = y
+        if site < len(self.boundaries):
+            return y
+        self.ended = True
+        if not self.boundaries.whole:
+            raise OutputReached
+        return y.detach()  # leaves the tangent behind, too

@@ -1,0 +1,172 @@
+"""Hooks that see, in one forward on the side, how blocks and heads work on one another (``probe.py`` judges)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from grape_hf.core import nested
+from grape_hf.core.blocks import ends
+from grape_hf.core.boundaries import Boundaries
+from grape_hf.core.graph import Mark, in_backward, marks_of
+
+
+class Watcher:
+    """What its hooks see in the first forward with gradients: every tensor that a block makes is marked.
+
+    Args:
+        model: the model.
+        boundaries: says which blocks, readers and output.
+
+    Attributes:
+        order: the blocks that ran, by their numbers.
+        parts: where a block's hidden states are in what it returns.
+        made: those hidden states.
+        inputs: the marks that they were made of, by way of no other mark.
+        places: where a block finds h_l among its arguments, by boundary, if at one place.
+        read: h_l as it finds it.
+        heads: how often the module ran whose output may be y; ``logits`` is the first output, ``head_marks`` its marks.
+        output: what the model returned.
+        error: what it raised behind the last block.
+        changed: names of the parameters that it changed.
+        labels: the labels that it was called with.
+    """
+
+    def __init__(self, model: nn.Module, boundaries: Boundaries) -> None:
+        self.model, self.boundaries = model, boundaries
+        self.order: list[int] = []
+        self.parts: dict[int, nested.Path] = {}  # where a block's hidden states are in its output
+        self.made: dict[int, Tensor] = {}  # those of each block, marked
+        self.inputs: dict[int, set[tuple[int, nested.Path]]] = {}  # the marks that a block's output was made of
+        self.versions: dict[int, int] = {}
+        self.places: dict[int, nested.Path] = {}
+        self.read: dict[int, Tensor] = {}  # h_l as the next block reads it
+        self.several: set[int] = set()
+        self.again = False
+        self.heads = 0
+        self.head_marks: set[tuple[int, nested.Path]] = set()
+        self.logits: Tensor | None = None
+        self.output: Any = None
+        self.error: Exception | None = None
+        self.changed: list[str] = []
+        self.labels: list[Tensor] = []
+        self._said: set[int] = set()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attach the hooks that see, and take them off again."""
+        handles: list[RemovableHandle] = []
+        boundaries = self.boundaries
+        try:
+            for index, block in enumerate(boundaries.blocks):
+                hook = self._block_hook(index)
+                handles.append(ends(block)[1].register_forward_hook(hook, prepend=bool(_readers(boundaries, index))))
+            for index, readers in enumerate(boundaries.readers):
+                for reader in readers:
+                    module = ends(reader)[0]
+                    handles.append(
+                        module.register_forward_pre_hook(self._reader_hook(index), with_kwargs=True, prepend=True)
+                    )
+            if not boundaries.hidden:
+                handles.append(boundaries.output.register_forward_hook(self._head_hook, prepend=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _block_hook(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return None
+            if in_backward():  # a checkpointed segment runs again
+                return nested.map_tensors(output, lambda t: Mark.apply(t, None) if t.is_floating_point() else t)
+            path = self._part(index, output)
+            if path is None:
+                block = type(self.boundaries.blocks[index]).__name__
+                raise TypeError(
+                    f"block {index + 1} ({block}) was expected to return its hidden states, or a tuple, a list, a "
+                    f"mapping or a dataclass that holds them; it returned {type(output).__name__}. Name other blocks "
+                    "with the option `blocks`."
+                )
+            self.again = self.again or (bool(self.order) and len(self.order) == len(self.boundaries.blocks))
+            if self.again:  # a further forward for the same loss
+                if index == 0 and any(k == len(self.boundaries) for k, _ in marks_of([nested.get(output, path)])):
+                    self.order.append(index)
+                return None
+            self.order.append(index)
+            if len(self.order) != index + 1:
+                return None
+            floating = [(p, t) for p, t in nested.tensors(output) if t.is_floating_point()]
+            self.inputs[index] = marks_of([nested.get(output, path)])
+            for p, t in floating:
+                marked = Mark.apply(t if t.requires_grad else t.detach().requires_grad_(), (index, p))
+                output = nested.put(output, p, marked)
+            self.parts[index], self.made[index] = path, nested.get(output, path)
+            self.versions[index] = self.made[index]._version
+            return output
+
+        return hook
+
+    def _part(self, index: int, output: Any) -> nested.Path | None:
+        """Where the hidden states are: for all blocks where the first whose output is read has them."""
+        usual = next(iter(self.parts.values()), None)
+        if usual is not None and isinstance(nested.get(output, usual), Tensor):
+            return usual
+        return nested.first_floating(output)
+
+    def _reader_hook(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if not torch.is_grad_enabled() or self.again or index in self.read or index not in self.made:
+                return
+            if in_backward():
+                return
+            reading = [
+                (path, t, {p for k, p in marks_of([t]) if k == index})
+                for path, t in nested.tensors((args, kwargs))
+                if t.is_floating_point() and t.requires_grad
+            ]
+            reading = [(path, t, parts) for path, t, parts in reading if parts]
+            main = [(path, t) for path, t, parts in reading if self.parts[index] in parts]
+            if not main and reading:  # the hidden states are not what comes first in the block's output
+                self.parts[index] = min(reading[0][2], key=str)
+                self.made[index] = reading[0][1]
+                main = [(path, t) for path, t, parts in reading if self.parts[index] in parts]
+            if not main:
+                return
+            path, h = main[0]
+            if any(other is not h for _, other in main) or len(main) > 1:
+                self.several.add(index)
+                return
+            self.places[index], self.read[index] = path, h
+
+        return hook
+
+    def _head_hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        path = nested.first_floating(output)
+        if not torch.is_grad_enabled() or path is None or len(self.order) < len(self.boundaries.blocks):
+            return None
+        if in_backward():
+            return nested.put(output, path, Mark.apply(nested.get(output, path), None))
+        if self.again:
+            return None
+        self.heads += 1
+        logits = nested.get(output, path)
+        if self.heads > 1:
+            return None
+        self.head_marks = marks_of([logits])
+        self.logits = Mark.apply(
+            logits if logits.requires_grad else logits.detach().requires_grad_(), (len(self.boundaries.blocks), ())
+        )
+        return nested.put(output, path, self.logits)
+
+    @property
+    def copied(self) -> set[int]:
+        """Boundaries whose h_l is changed in place by what reads it."""
+        return {i for i in range(len(self.boundaries)) if self.made[i]._version > self.versions[i]}
+
+
+def _readers(boundaries: Boundaries, index: int) -> list[nn.Module]:
+    return boundaries.readers[index] if index < len(boundaries) else [boundaries.blocks[-1]]

@@ -1,0 +1,226 @@
+"""Where a model is cut: its feedback points, the output that the error is measured at, and the first B_l.
+
+What the options leave open is decided here, by the model's modules at first and then by one look at a forward; what
+does not suit the model is refused. Nothing here is remembered from step to step (``run.py``).
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from grape_hf.core.blocks import find_blocks, find_encoder, find_head
+from grape_hf.core.boundaries import Boundaries, OutputNotReachedError
+from grape_hf.core.calls import Calls
+from grape_hf.core.feedback import FeedbackInit, initial_feedback
+from grape_hf.core.layout import Layout
+from grape_hf.core.shortcut import shortcut_feedback
+from grape_hf.engine.probe import BatchNotFirstError, Probe, look
+from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
+
+logger = logging.getLogger(__name__)
+
+
+class FeedbackPoints:
+    """The blocks at whose outputs errors arrive.
+
+    Args:
+        model: the model.
+        options: GrAPE's options.
+
+    Attributes:
+        blocks: f_1 .. f_L; where there are fewer feedback points than blocks, the last block before each.
+        names: their names, without the last one's, as the last has no feedback point.
+
+    Raises:
+        ValueError: if no blocks are found, or too few for ``feedback_points``, or no head where
+            ``feedback_space="logits"``.
+    """
+
+    def __init__(self, model: nn.Module, options: GrapeArgumentsMixin) -> None:
+        self.model, self.options = model, options
+        found = find_blocks(model, options.blocks)
+        encoder = find_encoder(model)
+        self._encoder = set() if encoder is None else set(encoder.modules())
+        named: dict[str, nn.Module] = {}
+        for inside in (True, False):  # no unit between two points reaches from an encoder into its decoder
+            stack = {name: block for name, block in found.items() if (block in self._encoder) is inside}
+            named |= feedback_blocks(stack, options.feedback_points or 0)
+        self.names, self.blocks = list(named)[:-1], list(named.values())
+        self.chain = list(found.values())  # with those that share a feedback point
+        self._readers = [self._reading(block) for block in self.blocks[:-1]]
+        if options.feedback_space == "logits":
+            find_head(model)
+
+    def look(
+        self,
+        forward: Callable[[], object],
+        whole: bool = False,
+        calls: Calls | None = None,
+        agreed: Callable[[bool], bool] = bool,
+    ) -> tuple[str, Boundaries, Probe]:
+        """Decide where the error is measured, and run the model through the boundaries that follow from it.
+
+        Args:
+            forward: runs the model on a sample or more.
+            whole: as for ``Boundaries``.
+            calls: as for ``Boundaries``.
+            agreed: says whether something holds on all ranks.
+
+        Raises:
+            ValueError: if ``feedback_space="logits"`` and the model has no head, or another head beside it.
+            RuntimeError: if the blocks do not run once each, in order, each on the output of the one before.
+        """
+        space = self.options.feedback_space or "auto"
+        # timm's way of saying that maps are (batch, H, W, C).
+        channels_last = any(str(getattr(m, "output_fmt", "")).endswith("NHWC") for m in self.model.modules())
+        layout = Layout(self.options.feedback_sharing or "auto", channels_last)
+
+        def boundaries(output: nn.Module | None) -> Boundaries:
+            readers = [list(found) for found in self._readers]
+            return Boundaries(self.blocks, output, layout, whole, self._pooled(output), readers, calls)
+
+        try:
+            head = find_head(self.model)
+        except ValueError:
+            if space == "logits":
+                raise
+            head = None
+        at_head, at_hidden = boundaries(head), boundaries(None)
+        seen = look(self.model, at_head, forward)
+        try:
+            logits = None if head is None or space == "hidden" else seen.at(at_head, numbers=not whole)
+        except (OutputNotReachedError, BatchNotFirstError):  # not every loss calls the head, and calls it once
+            if space == "logits":
+                raise
+            logits = None
+        if space == "logits":
+            assert logits is not None
+            self._refuse_beside(logits.beside)
+            return "logits", at_head, logits
+        if not agreed(logits is not None and not logits.beside):
+            return "hidden", at_hidden, seen.at(at_hidden, numbers=not whole)
+        assert logits is not None
+        hidden = seen.at(at_hidden, numbers=not whole)
+        return ("hidden", at_hidden, hidden) if hidden.n_y <= logits.n_y else ("logits", at_head, logits)
+
+    def _refuse_beside(self, beside: list[str]) -> None:
+        """Refuse an error measured at a head beside which others read the last block's output."""
+        certain = [what for what in beside if what == "the loss"]
+        if certain:
+            raise ValueError(
+                'feedback_space="logits" measures the error at one head, and the loss reads the output of the last '
+                "block beside it (several heads, distillation, a loss on hidden states): what comes from there would "
+                'not reach the other blocks. Use feedback_space="hidden".'
+            )
+        if beside:
+            logger.warning(
+                f'GrAPE: feedback_space="logits" measures the error at one head, and {", ".join(beside)} may read the '
+                "output of the last block beside it: what comes from there does not reach the other blocks. Use "
+                'feedback_space="hidden" if a loss uses it.'
+            )
+
+    def initial_feedback(
+        self, space: str, boundaries: Boundaries, shapes: Probe, forward: Callable[[], object], seed: int
+    ) -> list[Tensor]:
+        """Make the first B_1 .. B_{L-1}, each ``(n_l, n_y)``, by ``feedback_init``.
+
+        Args:
+            space: what ``look`` returned, like the two that follow.
+            boundaries: not attached at present.
+            shapes: of h_l and y.
+            forward: runs the model; its samples matter to the start from a shortcut path alone.
+            seed: of a gaussian start.
+
+        Raises:
+            ValueError: if ``feedback_init`` does not suit the shapes or the blocks.
+        """
+        init, pooled = self.options.feedback_init or "auto", boundaries.pooled
+        square = space == "hidden" and all(h.shape[-1] == shapes.n_y for h in shapes.h)
+        if init == "identity" and pooled:
+            raise ValueError(
+                f'feedback_init="identity" is the Jacobian of the shortcut path, and none leads from '
+                f'{self.names[min(pooled)]}, a block of the encoder, to y. Use "auto", "gaussian" or "zero".'
+            )
+        # No shortcut path leads out of an encoder: B_l starts from zero there if it is to learn.
+        of_encoder: FeedbackInit | None = None
+        if init == "auto":
+            init = "identity" if square else "gaussian"
+            of_encoder = "zero" if self.options.method in ESTIMATING else "gaussian"
+        total, numbers = len(shapes.h), sum(shapes.sizes)
+        logger.info(
+            f"GrAPE: {len(self.blocks)} blocks, errors measured in {space} space ({shapes.n_y} numbers), {init} start; "
+            f"{total} feedback matrices of {numbers:,} numbers, {numbers * 4 / 2**20:.1f} MiB."
+        )
+        if init == "identity" and not square:
+            if boundaries.whole:
+                raise ValueError(
+                    'feedback_init="identity" takes the weights of the residual branches away for a while where h_l '
+                    'and y differ in size, and FSDP2 shards them. Use feedback_init="gaussian" or "zero", or DDP.'
+                )
+            return shortcut_feedback(self.model, boundaries, forward, self.names)
+        generator = torch.Generator().manual_seed(seed)
+        inits = [of_encoder or init if index in pooled else init for index in range(total)]
+        # One error for all positions: on the shortcut path each has its share of it.
+        share = 1 / shapes.positions if boundaries.read_at is not None and init == "identity" else 1
+        return [
+            share
+            * initial_feedback(
+                kind, h.shape[-1], shapes.n_y, generator, torch.promote_types(h.dtype, torch.float32)
+            ).to(h.device)
+            for kind, h in zip(inits, shapes.h, strict=True)
+        ]
+
+    def refuse_size(self, shapes: Probe) -> None:
+        """Refuse matrices that are larger together than ``feedback_size_limit``, before they are made.
+
+        Raises:
+            ValueError: with the size, the largest of them, and the ways out.
+        """
+        size, limit = sum(shapes.sizes) * 4 / 2**30, self.options.feedback_size_limit
+        if size <= limit:
+            return
+        largest = max(range(len(shapes.sizes)), key=shapes.sizes.__getitem__)
+        h = shapes.h[largest].shape[-1]
+        raise ValueError(
+            f"the feedback matrices would take {size:.3g} GiB, more than feedback_size_limit={limit} allows; the "
+            f"largest, at {self.names[largest]}, is {h:,} x {shapes.n_y:,}. Share one matrix among the positions "
+            'of a map (feedback_sharing="position" or "grid"), use fewer feedback points (feedback_points), '
+            'measure the error where it has fewer numbers (feedback_space="logits" for few classes), or raise the '
+            "limit."
+        )
+
+    @property
+    def encoder_blocks(self) -> int:
+        """How many blocks of the chain are an encoder's with a decoder behind it."""
+        return sum(block in self._encoder for block in self.chain) if self.chain[-1] not in self._encoder else 0
+
+    def _reading(self, block: nn.Module) -> list[nn.Module]:
+        """The blocks that read what ``block`` makes: the next, or all of a decoder below which it ends an encoder."""
+        place = self.chain.index(block) + 1
+        next_is_decoder = block in self._encoder and self.chain[place] not in self._encoder
+        return self.chain[place:] if next_is_decoder else [self.chain[place]]
+
+    def _pooled(self, output: nn.Module | None) -> set[int]:
+        """The boundaries in an encoder, if y is not in it."""
+        if (output or self.blocks[-1]) in self._encoder:
+            return set()
+        return {index for index, block in enumerate(self.blocks[:-1]) if block in self._encoder}
+
+
+def feedback_blocks(blocks: dict[str, nn.Module], points: int) -> dict[str, nn.Module]:
+    """Keep the blocks at whose outputs errors arrive, evenly spaced, and the last; all of them for ``points=0``.
+
+    Raises:
+        ValueError: if there are fewer blocks than that many points need.
+    """
+    total, items = len(blocks), list(blocks.items())
+    if points == 0 or total <= 1:
+        return blocks
+    if points >= total:
+        raise ValueError(
+            f"feedback_points={points}: {items[0][0]} to {items[-1][0]} are {total} blocks, with room for a feedback "
+            f"point between two of them: expected at most {total - 1}, or 0 for one after every block."
+        )
+    return dict(items[j * total // (points + 1) - 1] for j in range(1, points + 2))

@@ -1,0 +1,316 @@
+"""Run a model once, to see what cannot be known from its modules: shapes, and how blocks and heads are chained.
+
+Direct feedback needs blocks that run once each, in order, each on the output of the one before. A model that does
+otherwise is refused here, before anything is trained. What is seen by the way: where each block finds h_l among its
+arguments, what is changed in place, whether anything but the head reads the last block's output, where along the
+positions the loss reads it, and what the masks that the model is called with say.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grape_hf.core import nested
+from grape_hf.core.boundaries import Boundaries, OutputNotReachedError, ReadAt
+from grape_hf.core.graph import marks_of, parameters_of
+from grape_hf.core.isolation import isolated
+from grape_hf.engine.look import Watcher
+
+logger = logging.getLogger(__name__)
+
+
+class BatchNotFirstError(RuntimeError):
+    """Blocks and head have the batch in different dimensions."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was seen at the boundaries.
+
+    Attributes:
+        h: a vector of each h_l, ``(1, 1, n_l)``.
+        n_y: how long a vector of y is.
+        positions: how many positions h_1 has that are no padding, in the mean over samples.
+        read_at: where the loss reads y, if that is one position alone.
+        beside: what but the head may read the output of the last block: empty if nothing does.
+        changed: names of the parameters that a forward changes.
+        apart: boundaries at which something lies between a block and the next, so that h_l is not the block's output.
+    """
+
+    h: list[Tensor]
+    n_y: int
+    positions: float = 1
+    read_at: ReadAt | None = None
+    beside: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    apart: list[int] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Count the numbers in each B_l."""
+        return [h.shape[-1] * self.n_y for h in self.h]
+
+
+def probe(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object], numbers: bool = True) -> Probe:
+    """Run ``forward`` on the side, note in ``boundaries`` what it needs to know, and return shapes.
+
+    Args:
+        model: the model.
+        boundaries: not attached to it at present.
+        forward: runs the model on a sample or more, and returns what the model does.
+        numbers: whether a gradient may be taken, to see where the loss reads (not of shards, nor of shapes alone).
+
+    Raises:
+        OutputNotReachedError: if the forward ended, or failed, behind the blocks and before y.
+        BatchNotFirstError: if the batch is in another dimension of h_l than of y.
+        RuntimeError: if the blocks do not run once each, in order, each on the output of the one before, up to y.
+    """
+    return look(model, boundaries, forward).at(boundaries, numbers)
+
+
+def look(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object]) -> "Look":
+    """Run ``forward`` on the side, once; twice where blocks are left out of it at random.
+
+    What was seen then says for several boundaries with the same blocks what ``probe`` says.
+    """
+    try:
+        seen = _look(model, boundaries, forward, deterministic=False)
+    except ValueError:  # a batch norm has no batch statistics of one sample
+        seen = None
+    # Other than in training no block is left out (LayerDrop).
+    if seen is None or seen.order != list(range(len(boundaries.blocks))):
+        seen = _look(model, boundaries, forward, deterministic=True)
+    seen.check_order()
+    seen.labels = [t for name, t in getattr(forward, "kwargs", {}).items() if "label" in name and isinstance(t, Tensor)]
+    return seen
+
+
+class Look(Watcher):
+    """What was seen in the first forward with gradients, and what follows from it."""
+
+    _gradients: list[Tensor | None] | None = None
+
+    def at(self, boundaries: Boundaries, numbers: bool = True) -> Probe:
+        """Note in ``boundaries`` what it needs to know, and return shapes; see ``probe``."""
+        y = self.made[len(boundaries)] if boundaries.hidden else self.logits
+        self._check_output(boundaries, y)
+        assert y is not None
+        h = [self.read.get(index, self.made[index]) for index in range(len(boundaries))]
+        if self.logits is not None and any(t.ndim > 3 and len(t) != len(self.logits) for t in h):
+            raise RuntimeError(
+                "expected the batch as the first dimension of every block's output, as it is at y "
+                f"({len(self.logits)}), found {sorted({len(t) for t in h})}. Blocks that stack several streams of "
+                "activations cannot get direct feedback: name others with the option `blocks`."
+            )
+        if h and (any(len(t) != len(y) for t in h) or (not boundaries.hidden and _is_turned(h[-1], y))):
+            raise BatchNotFirstError(
+                f"expected the batch as the first dimension of every block's output, as it is at y ({len(y)}), found "
+                f"{sorted({len(t) for t in h})}. Where blocks have the batch elsewhere (batch_first=False) or fold "
+                'positions into it, use feedback_space="hidden"; else name others with the option `blocks`.'
+            )
+        boundaries.copied, boundaries.parts, boundaries.places = self.copied, dict(self.parts), dict(self.places)
+        for index, readers in enumerate(boundaries.readers):
+            if readers and index not in self.places:  # no one place where h_l is read: it is cut where it is made
+                self._say_several(index, readers[0])
+                boundaries.readers[index] = []
+        vectors = boundaries.layout.vectors
+        if boundaries.calls is not None and h:
+            boundaries.calls.masks.say_unmatched(boundaries.blocks[0], h[0])
+        return Probe(
+            [vectors(t.detach())[:1, :1] for t in h],
+            vectors(y.detach()).shape[-1],
+            self._positions(boundaries, h[0]) if h else 1,
+            self._by_gradients(boundaries, h) if numbers and h and not y.is_meta else None,
+            [] if boundaries.hidden else self.beside(),
+            self.changed,
+            [index for index, read in self.read.items() if read is not self.made[index]],
+        )
+
+    def _positions(self, boundaries: Boundaries, h: Tensor) -> float:
+        batch, positions = boundaries.layout.vectors(h.detach()).shape[:2]
+        padding = boundaries.pairing(0, h).padding
+        if padding is None or padding.is_meta or padding.shape != (batch, positions):
+            return positions
+        return max(1.0, float(padding.count_nonzero() / batch))
+
+    def _check_output(self, boundaries: Boundaries, y: Tensor | None) -> None:
+        name = type(boundaries.output).__name__
+        if y is None:
+            ending = f"ended before y, the output of the {name}, was computed"
+            if self.error is not None:
+                ending = f"failed before y, the output of the {name}: {self.error!r}"
+            elif self.again:
+                ending = (
+                    f"ran through the blocks again before y, the output of the {name}: expected them to run once each"
+                )
+            raise OutputNotReachedError(
+                f"the forward {ending}. trl and fused kernels compute the loss without calling the head: use "
+                'feedback_space="hidden".'
+            ) from self.error
+        if self.heads > 1 and not boundaries.hidden:
+            raise OutputNotReachedError(
+                f"the {name} whose output is y ran {self.heads} times in one forward. Use "
+                'feedback_space="hidden", where y is the output of the last block.'
+            )
+        if not boundaries.hidden:
+            self._check(len(boundaries.blocks), self.head_marks)
+
+    def _say_several(self, index: int, reader: nn.Module) -> None:
+        if index in self._said:
+            return
+        self._said.add(index)
+        logger.warning(
+            f"GrAPE: block {index + 2} ({type(reader).__name__}) reads the output of block {index + 1} as several "
+            "tensors, so it is cut where it is made: if the loss reads it too (auxiliary heads, hidden states), block "
+            f"{index + 1} gets nothing from that."
+        )
+
+    def _by_gradients(self, boundaries: Boundaries, h: list[Tensor]) -> ReadAt | None:
+        """Learn what the masks say, and return where the loss reads y if that is one position alone."""
+        positions = boundaries.layout.vectors(h[0].detach()).shape[1]
+        if self._gradients is None:  # taken once, as the graph is let go
+            self._gradients = self._take_gradients([h[0], self.made[len(boundaries)], self.logits], positions)
+        at_h, at_hidden, at_logits = self._gradients
+        at_y = at_hidden if boundaries.hidden else at_logits
+        if at_h is not None and boundaries.calls is not None and at_h.ndim == 3:
+            boundaries.calls.masks.learn(boundaries.blocks[0], at_h.ne(0).any(-1))
+        pooled = self.logits is not None and self.logits.ndim == 2
+        of_tokens = not pooled and any(t.ndim > 1 and positions in t.shape[1:] for t in self.labels)
+        boundaries.read_at = None if at_y is None or of_tokens else read_position(boundaries.layout.vectors(at_y))
+        return boundaries.read_at
+
+    def _take_gradients(self, at: list[Tensor | None], positions: int) -> list[Tensor | None]:
+        found: list[Tensor | None] = [None] * len(at)
+        if (scalar := self.scalar(positions)) is None:
+            return found
+        there = {i: t for i, t in enumerate(at) if t is not None}
+        try:
+            gradients = torch.autograd.grad(scalar, list(there.values()), allow_unused=True)
+        except RuntimeError as error:  # whoever trains this model will be told in the step itself
+            logger.info(f"GrAPE: no gradient could be taken at the first look: {error}")
+            return found
+        for i, gradient in zip(there, gradients, strict=True):
+            found[i] = gradient
+        return found
+
+    def check_order(self) -> None:
+        """Raise RuntimeError if the blocks are no chain."""
+        total = len(self.boundaries.blocks)
+        if not self.order and self.error is None:
+            raise RuntimeError(
+                "no forward with gradients ran through the blocks inside `compute_loss`. A loss that runs the model "
+                "without gradients first, and with them in the backward (a cached loss), cannot be trained by direct "
+                'feedback: compute it at once, or use method="bp".'
+            )
+        if self.order != list(range(total)):
+            if self.error is not None:
+                raise self.error
+            raise RuntimeError(
+                f"expected blocks 1 to {total} to run once each and in order, saw them run in the order "
+                f"{[index + 1 for index in self.order]}. Direct feedback needs a chain of blocks: name others with the "
+                'option `blocks`. With several forwards for one head use feedback_space="hidden".'
+            )
+        for index in range(1, total):
+            self._check(index, self.inputs[index])
+
+    def _check(self, index: int, marks: set[tuple[int, nested.Path]]) -> None:
+        used = sorted(k for k, path in marks if self.parts[k] == path)
+        # Every block of a decoder also works on the encoder's output, which is cut as well.
+        encoder = max(self.boundaries.pooled, default=index)
+        allowed = {index - 1, encoder} if index > encoder else {index - 1}
+        head = index == len(self.boundaries.blocks)
+        if head or index == len(self.boundaries):  # y may work on others as well
+            allowed.update(used)
+        made_of = index - 1 in used or (index - 1 == encoder and not used)
+        if not made_of or not allowed.issuperset(used):
+            names = ", ".join(f"h_{i + 1}" for i in used) or "none of them"
+            what = "the output y, of the head," if head else f"block {index + 1} ({self._kind(index)})"
+            raise RuntimeError(
+                f"{what} was expected to work on h_{index}, the output of block {index}, and on no other block's; it "
+                f"works on {names}. Direct feedback needs a chain of blocks: name others with the option `blocks`, a "
+                "whole group of blocks that share their inputs as one."
+            )
+
+    def _kind(self, index: int) -> str:
+        return type(self.boundaries.blocks[index]).__name__
+
+    def scalar(self, positions: int) -> Tensor | None:
+        """The loss, or what stands for it: the sum of what the model returned, if that has no positions."""
+        if (loss := _loss_of(self.output)) is not None:
+            return loss
+        floating = [t for _, t in nested.tensors(self.output) if t.is_floating_point() and t.requires_grad]
+        pooled = [t for t in floating if t.ndim == 2 and t.shape[1] != positions]
+        return pooled[0].sum() if pooled else None
+
+    def beside(self) -> list[str]:
+        """Name what but the head reads the last block's output, or may in another batch."""
+        loss = _loss_of(self.output)
+        floating = [t for _, t in nested.tensors(self.output) if t.is_floating_point() and t.requires_grad]
+        last = len(self.boundaries)
+        found = []
+        if (last, self.parts[last]) in marks_of(floating if loss is None else [loss]):
+            found.append("the loss" if loss is not None else "an output of the model")
+        used = parameters_of(floating)
+        width = {self.made[last].shape[-1], *self.made[last].shape[1:2]}
+        for name, module in self.model.named_modules():
+            weight = module._parameters.get("weight")
+            if weight is None or not weight.requires_grad or weight.ndim < 2 or id(weight) in used:
+                continue
+            inside = any(module is m for block in self.boundaries.blocks for m in block.modules())
+            if weight.shape[1] in width and not inside and not isinstance(module, nn.Embedding):
+                found.append(f"{name}, which did not run in the first batch")
+        return found
+
+
+def _look(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object], deterministic: bool) -> Look:
+    seen = Look(model, boundaries)
+    with ExitStack() as stack:
+        trace = stack.enter_context(isolated(model, deterministic, saved="all"))
+        if deterministic:
+            model.eval()  # batch norms too: they have no batch statistics of one sample
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(seen.attached())
+        try:
+            seen.output = forward()
+        except Exception as error:
+            if len(seen.order) < len(boundaries.blocks):
+                raise
+            # Behind the blocks a loss that never calls the head went wrong.
+            seen.error = error
+    seen.changed = trace.changed
+    return seen
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+        loss = output["loss"]
+    else:
+        loss = next((t for _, t in nested.tensors(output) if t.is_floating_point()), None)
+        loss = loss if loss is not None and loss.ndim == 0 else None
+    if loss is None or not loss.requires_grad:
+        return None
+    return loss.sum()
+
+
+def _is_turned(h: Tensor, y: Tensor) -> bool:
+    """Whether h is ``(positions, batch, n)`` beside ``(batch, ...)``, where there are as many of both."""
+    if h.ndim != 3 or h.shape[0] != h.shape[1] or len(h) == 1 or h.is_meta or not y.requires_grad or h.shape == y.shape:
+        return False
+    (of_first,) = torch.autograd.grad(y[0].sum(), h, retain_graph=True, allow_unused=True)
+    if of_first is None:
+        return False
+    by_row, by_column = (of_first.ne(0).any(-1).any(dim) for dim in (1, 0))
+    return bool(by_row[1:].any()) and not bool(by_column[1:].any())
+
+
+def read_position(e: Tensor) -> ReadAt | None:
+    """Return where the loss reads y, by e, ``(batch, positions, n_y)``, if that is one position alone."""
+    read = e.ne(0).any(-1)
+    if e.shape[1] == 1 or not bool((read.count_nonzero(1) == 1).all()):
+        return None
+    return "first" if bool(read[:, 0].all()) else "last"

@@ -1,0 +1,44 @@
+r"""The methods that GrAPE is compared with, one module each; its docstring says what the paper prescribes.
+
+Two kinds. ``fdfa`` and ``dkp`` are GrAPE's star with other learning of B_l: a choice of options
+(``training_args.METHOD_OPTIONS``), and for ``dkp`` a rule of its own. ``fa``, ``forward_gradient`` and ``pepita``
+have no feedback matrices that are learned; each is a class with one method, ``step``, a context manager around the
+stock forward and backward of one micro-batch. Outside it the model is untouched, and there is nothing to save: all
+draws are functions of the seed.
+
+``fdfa``: forward direct feedback alignment, DFA whose matrices average forward-mode estimates.
+Bacho & Chu, *Low-variance forward gradients using direct feedback alignment and momentum* (2022; Neural Networks
+2024). Each training forward is a dual pass in which every hidden activation gets an independent perturbation
+p_l ~ N(0, I); q is the tangent of the logits, and
+
+.. math:: B_l \leftarrow (1 - \alpha) B_l + \alpha\, \overline{p_l q^\top}, \qquad \delta_l = B_l e,
+
+e = dLoss/dlogits, the mean over the batch. Weights are not perturbed; there is no normalisation and no ordinary
+backward. In our terms: ``logits`` space, the ``ema`` rule with alpha = ``feedback_lr``, joint dual passes on the whole
+batch at every step. The authors' code (github.com/Florian-BACHO/FDFA) starts B_l at zero and hands the difference
+B_l - mean to Adam with rate 1e-4; ours is the plain average of the equation, with alpha 1e-4: raise it in short runs.
+
+Departures, shared with ``method="grape"``: the estimate is made by a pass of its own without dropout, before the step's
+forward; p_l is scaled by rms(h_l) and the estimate divided by it, which leaves its mean as it is; feedback points are
+the blocks' outputs, and a block backpropagates within itself. Option values that are given win over these, but for
+``feedback_rule``: with another rule it is ``method="grape"``.
+"""
+
+from torch import nn
+
+from grape_hf.methods.base import Baseline
+from grape_hf.methods.fa import FeedbackAlignment
+from grape_hf.methods.forward_gradient import ForwardGradient
+from grape_hf.methods.pepita import Pepita
+from grape_hf.training_args import GrapeArgumentsMixin
+
+
+def make_baseline(model: nn.Module, options: GrapeArgumentsMixin, seed: int) -> Baseline | None:
+    """Return the baseline that ``options.method`` names, None if it is a star or ordinary backpropagation.
+
+    Raises:
+        ValueError: if the method cannot train this model.
+    """
+    kinds: dict[str, type] = {"fa": FeedbackAlignment, "forward_gradient": ForwardGradient, "pepita": Pepita}
+    kind = kinds.get(options.method)
+    return None if kind is None else kind(model, options, seed)

@@ -1,0 +1,333 @@
+"""What is known of a training run: taken from its Trainer, or read from the folder that it left.
+
+A model card is made of this (``cards.py``), so that the card of a run under way and the one made from its folder later
+are the same. Nothing here asks the network, and a folder is read without making the model.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import ProcessorMixin, TrainerState, TrainingArguments
+from transformers.feature_extraction_utils import FeatureExtractionMixin
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.modelcard import TASK_MAPPING, TrainingSummary
+
+from grape_hf.reports.log_names import current_names, log_names
+from grape_hf.training_args import GrapeArgumentsMixin, options_of
+
+# What stands in a log beside figures: it says nothing about the model.
+_NO_FIGURES = ("_runtime", "_per_second", "_preparation_time", "_compilation_time", "epoch", "step", "total_flos")
+# Arguments of TrainingSummary.from_trainer that create_model_card knows too.
+_SUMMARISED = (
+    "language",
+    "license",
+    "tags",
+    "model_name",
+    "finetuned_from",
+    "tasks",
+    "dataset_tags",
+    "dataset",
+    "dataset_args",
+    "dataset_metadata",
+)
+
+
+class _Metadata(ModelCardData):
+    """Metadata whose YAML keeps every character: PyYAML writes U+0085 as it is and reads it back as a space."""
+
+    def to_yaml(self, line_break: Any = None, original_order: list[str] | None = None) -> str:
+        text: str = super().to_yaml(line_break, original_order)
+        if "\x85" not in text:
+            return text
+        return str(yaml.dump(self.to_dict(), sort_keys=False, line_break=line_break)).strip()  # all in escapes
+
+
+class Card(ModelCard):
+    """A model card of ours."""
+
+    card_data_class = _Metadata
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run.
+
+    Attributes:
+        folder: where it left its files.
+        args: the training arguments.
+        options: GrAPE's options, filled in.
+        summary: what the stock Trainer's card would say.
+        card: the card that lies in the folder, or the stock one.
+        history: the Trainer's log.
+        steps: optimiser steps taken.
+        results: figures of the last evaluation, by the names under which they were logged.
+        measured_at: the step at which that was, None where unknown.
+        architecture: class of the model.
+        config: the model's configuration.
+        preprocessor: which Auto class opens what the model reads with, if anything.
+        trained_from: folder of the weights that it began with, where they were a folder's.
+        latest: what has not been logged yet, under the names of the log.
+        blocks: at whose outputs h_1 .. h_{L-1} are; empty where unknown.
+        single_block: whether there was no feedback point at all.
+    """
+
+    folder: Path
+    args: TrainingArguments
+    options: GrapeArgumentsMixin
+    summary: TrainingSummary
+    card: Card
+    history: list[dict[str, Any]]
+    steps: int
+    results: dict[str, float]
+    measured_at: int | None
+    architecture: str
+    config: Mapping[str, Any]
+    preprocessor: str | None = None
+    trained_from: str | None = None
+    latest: dict[str, float] = field(default_factory=dict)
+    blocks: list[str] = field(default_factory=list)
+    single_block: bool = False
+
+
+def record_of(trainer: Any, given: Mapping[str, Any]) -> RunRecord:
+    """Take the record from a ``GrapeTrainer`` whose stock card has just been written.
+
+    Args:
+        trainer: the Trainer, on the main process.
+        given: arguments of ``create_model_card``.
+    """
+    folder = Path(trainer.args.output_dir)
+    card = Card.load(folder / "README.md")
+    named = {name: value for name, value in given.items() if name in _SUMMARISED}
+    named |= {"dataset": given.get("dataset") or given.get("dataset_name")}  # trl's name for it
+    # The stock card has asked the Hub for the licence of the base model; any value keeps this from asking again.
+    named |= {"license": card.data.get("license") or "unknown", "tags": None}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = getattr(model, "_orig_mod", model)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+    start = str(getattr(model.config, "_name_or_path", ""))
+    run = trainer._run
+    history = trainer.state.log_history
+    results, measured_at = final_results(history, best_step(trainer.state, trainer.args))
+    saved = _read_json(folder / "all_results.json")
+    shared = results.keys() & saved.keys()
+    if shared and all(saved[name] == results[name] for name in shared):  # else they are of another evaluation
+        results |= figures(saved)
+    return RunRecord(
+        folder=folder,
+        args=trainer.args,
+        options=trainer.grape_options,
+        summary=TrainingSummary.from_trainer(trainer, **named),
+        card=card,
+        history=history,
+        steps=trainer.state.global_step,
+        results=results,
+        measured_at=measured_at,
+        architecture=type(model).__name__,
+        config=model.config.to_dict(),
+        preprocessor=_preprocessor(trainer.processing_class),
+        trained_from=start if os.path.isdir(start) else None,
+        latest={name: float(value) for name, value in log_names(run.metrics).items()} if run is not None else {},
+        blocks=run.block_names if run is not None else [],
+        single_block=run is not None and run.single_block,
+    )
+
+
+def read_record(folder: str | Path) -> RunRecord:
+    """Read the record of a run from its folder, or from a checkpoint.
+
+    Args:
+        folder: holds ``trainer_state.json``, ``training_args.bin`` (a pickle: of folders you trust) and
+            ``config.json``; ``all_results.json`` and a ``README.md`` are read where they are.
+
+    Raises:
+        FileNotFoundError: if one of the first three is missing.
+        ValueError: if the run was none of ``GrapeTrainer``.
+    """
+    folder = Path(folder)
+    needed = ("trainer_state.json", "training_args.bin", "config.json")
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder}: expected the folder of a finished run or a checkpoint, found no {', no '.join(missing)}. "
+            "Trainer.save_state() and Trainer.save_model() write them."
+        )
+    args = torch.load(folder / "training_args.bin", map_location="cpu", weights_only=False)
+    state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    history = current_names(state.log_history)
+    if not hasattr(args, "method") and not any("grape/calibration/steps" in entry for entry in history):
+        raise ValueError(
+            f"{folder}: expected a run of GrapeTrainer, found {type(args).__name__} without GrAPE's options and a log "
+            "without its entries. Nothing says that it was trained by other than the stock Trainer."
+        )
+    config = _read_json(folder / "config.json")
+    saved = _read_json(folder / "all_results.json")
+    readme = folder / "README.md"
+    known = Card.load(readme) if readme.is_file() else None
+    architecture = (config.get("architectures") or ["the model"])[0]
+    summary = TrainingSummary.from_trainer(
+        SimpleNamespace(
+            args=args,
+            state=state,
+            model=SimpleNamespace(config=SimpleNamespace(_name_or_path="")),
+            train_dataset=None,
+            eval_dataset=None,
+        ),
+        **_named(saved, None if known is None else known.data, architecture),
+    )
+    summary.license = None if known is None else known.data.get("license")
+    results, measured_at = final_results(state.log_history, best_step(state, args))
+    return RunRecord(
+        folder=folder,
+        args=args,
+        options=options_of(args),
+        summary=summary,
+        card=known or Card(summary.to_model_card()),
+        history=history,
+        steps=state.global_step,
+        results=results | figures(saved),
+        measured_at=measured_at,
+        architecture=architecture,
+        config=config,
+        preprocessor=_saved_preprocessor(folder),
+        # They are nowhere else without making the model.
+        blocks=re.findall(r"^\| h_\d+ \| `([^`|]+)` \|", known.text, flags=re.MULTILINE) if known else [],
+    )
+
+
+def read_results(folder: str | Path) -> dict[str, float]:
+    """Read the figures of a run's last evaluation from its folder.
+
+    Raises:
+        FileNotFoundError: if it holds neither ``all_results.json`` nor ``trainer_state.json``.
+    """
+    folder = Path(folder)
+    state, saved = _read_json(folder / "trainer_state.json"), _read_json(folder / "all_results.json")
+    if not state and not saved:
+        raise FileNotFoundError(
+            f"{folder}: expected the folder of a run, found neither all_results.json nor trainer_state.json in it."
+        )
+    return final_results(state.get("log_history", []))[0] | figures(saved)
+
+
+def final_results(history: list[dict[str, Any]], best: int | None = None) -> tuple[dict[str, float], int | None]:
+    """Find the figures of the last evaluation in a log.
+
+    Args:
+        history: the Trainer's log.
+        best: the step whose weights were put back at the end, if they were. Unless the model was evaluated after that,
+            its figures are those of this step.
+
+    Returns:
+        The figures, and the step they are of. Several data sets that were evaluated at one step count as one
+        evaluation.
+    """
+    evaluations = [entry for entry in history if any(map(_is_evaluation, entry))]
+    ended = next((i for i, entry in reversed(list(enumerate(history))) if "train_runtime" in entry), len(history))
+    if best is not None and not any(map(_is_evaluation, (name for entry in history[ended:] for name in entry))):
+        evaluations = [entry for entry in evaluations if entry["step"] == best]
+    if not evaluations:
+        return {}, None
+    last = evaluations[-1]["step"]
+    merged: dict[str, float] = {}
+    for entry in evaluations:
+        if entry["step"] == last:
+            merged |= figures(entry)
+    return merged, last
+
+
+def best_step(state: TrainerState, args: TrainingArguments) -> int | None:
+    """Return the step whose weights ``load_best_model_at_end`` put back, None if it is not set."""
+    return getattr(state, "best_global_step", None) if args.load_best_model_at_end else None
+
+
+def figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Keep what an evaluation measured; neither times nor what was measured of the training."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and not name.endswith(_NO_FIGURES)
+        and not name.startswith(("train_", "before_init_mem", "init_mem"))
+        and "_mem_" not in name
+    }
+
+
+def last_logged(record: RunRecord, prefix: str) -> tuple[int, dict[str, float]] | None:
+    """Find the last values under a prefix: the step they were logged at, and the values by the rest of their names."""
+    entries: Iterable[tuple[int, Mapping[str, Any]]] = [
+        (record.steps, record.latest),
+        *((entry["step"], entry) for entry in reversed(record.history)),
+    ]
+    for step, entry in entries:
+        values = {name.removeprefix(prefix): value for name, value in entry.items() if name.startswith(prefix)}
+        if values:
+            return step, values
+    return None
+
+
+def task_of(architecture: str) -> str | None:
+    """Return the Hub's name of what a model class of transformers is for, None where there is none."""
+    for task, classes in TASK_MAPPING.items():
+        names = [name for value in classes.values() for name in ([value] if isinstance(value, str) else value)]
+        if architecture in names:
+            return str(task)
+    return None
+
+
+def _is_evaluation(name: str) -> bool:
+    return name.endswith("_runtime") and name != "train_runtime"
+
+
+def _named(saved: Mapping[str, Any], known: Any, architecture: str) -> dict[str, Any]:
+    """Collect what nobody but the user can know, from the results of a recipe and from the card in the folder."""
+    known = known or {}
+    results = known.get("eval_results") or []
+    data = results[0].dataset_name if results else None
+    return {
+        "language": known.get("language"),
+        "license": "unknown",  # None would ask the Hub
+        "tags": list(known.get("tags") or []),
+        "model_name": known.get("model_name"),
+        "finetuned_from": known.get("base_model"),
+        "tasks": known.get("pipeline_tag") or (results[0].task_type if results else None) or task_of(architecture),
+        "dataset_tags": known.get("datasets"),
+        "dataset": saved.get("dataset") or (None if data == UNNAMED else data),
+        "dataset_args": results[0].dataset_args if results else None,
+    }
+
+
+# What stands in metadata for the name of a data set that was not given.
+UNNAMED = "not named"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _preprocessor(processing_class: Any) -> str | None:
+    if processing_class is None:
+        return None
+    if isinstance(processing_class, ProcessorMixin):
+        return "AutoProcessor"
+    if isinstance(processing_class, BaseImageProcessor):
+        return "AutoImageProcessor"
+    return "AutoFeatureExtractor" if isinstance(processing_class, FeatureExtractionMixin) else "AutoTokenizer"
+
+
+def _saved_preprocessor(folder: Path) -> str | None:
+    files = {
+        "processor_config.json": "AutoProcessor",
+        "preprocessor_config.json": "AutoImageProcessor",
+        "tokenizer_config.json": "AutoTokenizer",
+    }
+    return next((kind for name, kind in files.items() if (folder / name).is_file()), None)

@@ -1,0 +1,108 @@
+"""Blocks may return their hidden states in a tuple, a mapping or a dataclass; of other types the refusal says which."""
+
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from helpers import LEARNED, arguments, assert_same
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import BaseModelOutput
+
+from grape_hf import GrapeTrainer
+from grape_hf.core.nested import first_floating, get, put, tensors
+
+Named = namedtuple("Named", ["hidden", "gate"])
+
+
+@dataclass
+class Record:
+    mask: Tensor
+    hidden: Tensor
+
+
+KINDS = {
+    "tensor": (lambda h: h, lambda out: out),
+    "tuple": (lambda h: (h, h.sum()), lambda out: out[0]),
+    "list": (lambda h: [h, None], lambda out: out[0]),
+    "namedtuple": (lambda h: Named(h, h.sum()), lambda out: out.hidden),
+    "dict": (lambda h: {"hidden": h}, lambda out: out["hidden"]),
+    "model-output": (lambda h: BaseModelOutput(last_hidden_state=h), lambda out: out.last_hidden_state),
+    "dataclass": (lambda h: Record(torch.ones(2).long(), h), lambda out: out.hidden),
+    "second": (lambda h: (h.detach() * 0, h), lambda out: out[1]),
+    "nested": (lambda h: {"states": (h, 1.0)}, lambda out: out["states"][0]),
+}
+
+
+class Block(nn.Module):
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.map, self.make = nn.Linear(4, 4), make
+
+    def forward(self, h: Tensor) -> Any:
+        return self.make(torch.tanh(self.map(h)))
+
+
+class Net(nn.Module):
+    def __init__(self, make: Any, read: Any) -> None:
+        super().__init__()
+        self.blocks, self.read = nn.ModuleList(Block(make) for _ in range(4)), read
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for block in self.blocks:
+            x = self.read(block(x))
+        return {"loss": x.square().mean()}
+
+
+def weights(kind: str, trainer: type, folder: Any, **options: Any) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    data = [{"x": torch.randn(4)} for _ in range(16)]
+    net = Net(*KINDS[kind])
+    arguments_kind = {} if trainer is GrapeTrainer else {"kind": TrainingArguments}
+    args = arguments(folder, max_steps=5, label_names=[], **arguments_kind, **options)
+    trainer(net, args, train_dataset=data).train()
+    return dict(net.named_parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{"method": "dfa"}, LEARNED | {"alignment_steps": 2}], ids=["dfa", "grape"])
+def test_every_kind_trains_like_a_tensor(kind, options, tmp_path):
+    assert_same(weights(kind, GrapeTrainer, tmp_path, **options), weights("tensor", GrapeTrainer, tmp_path, **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibration_of_every_kind_is_backpropagation(kind, tmp_path):
+    calibrated = {"calibration_strategy": "steps", "calibration_interval": 1}
+    ours = weights(kind, GrapeTrainer, tmp_path, **calibrated)
+    assert_same(ours, weights(kind, Trainer, tmp_path))
+
+
+class Own:
+    def __init__(self, h: Tensor) -> None:
+        self.h = h
+
+
+def test_another_type_is_named(tmp_path):
+    net = Net(Own, lambda out: out.h)
+    args = arguments(tmp_path, max_steps=1, label_names=[], blocks="blocks")
+    trainer = GrapeTrainer(net, args, train_dataset=[{"x": torch.randn(4)} for _ in range(4)])
+    with pytest.raises(TypeError, match=r"block 1 \(Block\).*a mapping or a dataclass.*it returned Own"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_paths():
+    h = torch.ones(2)
+    for value in (h, (1, h), [h], Named(h, 2), {"a": {"b": (h,)}}, BaseModelOutput(h), Record(h.long(), h)):
+        path = first_floating(value)
+        assert path is not None
+        assert get(value, path) is h
+        new = put(value, path, h * 2)
+        assert type(new) is type(value)
+        assert torch.equal(get(new, path), h * 2)
+        assert get(value, path) is h  # what was given is as it was
+    assert first_floating({"a": [1, torch.ones(2).long()]}) is None
+    assert get({"a": 1}, ("b",)) is None
+    assert [path for path, _ in tensors((h, {"a": h}))] == [(0,), (1, "a")]

@@ -1,0 +1,117 @@
+"""Which modules are the blocks."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+
+from grape_hf.core.blocks import find_blocks, find_head
+from grape_hf.engine.points import feedback_blocks
+
+TINY = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=99)
+
+
+def tiny(kind: str) -> nn.Module:
+    sizes = dict(TINY)
+    if kind == "mixtral":
+        sizes |= dict(num_key_value_heads=2, num_local_experts=2)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("gpt2", "transformer.h"),
+        ("llama", "model.layers"),
+        ("gpt_neox", "gpt_neox.layers"),
+        ("opt", "model.decoder.layers"),
+        ("falcon", "transformer.h"),
+        ("mamba", "backbone.layers"),
+        ("mixtral", "model.layers"),  # its experts are lists inside the blocks
+    ],
+)
+def test_blocks_are_found(kind, name):
+    model = tiny(kind)
+    assert list(find_blocks(model)) == [f"{name}.{i}" for i in range(3)]
+    assert list(find_blocks(model).values()) == list(model.get_submodule(name))
+    assert find_head(model) is model.get_output_embeddings()
+
+
+def test_blocks_are_found_through_peft():
+    model = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"], r=2))
+    inner = "base_model.model.model.layers"
+    assert list(find_blocks(model)) == [f"{inner}.{i}" for i in range(3)]
+    assert list(find_blocks(model, "model.layers.0,model.layers.2")) == [f"{inner}.0", f"{inner}.2"]
+
+
+def test_classifiers():
+    model = BertForSequenceClassification(BertConfig(**TINY, num_labels=4))
+    assert list(find_blocks(model)) == [f"bert.encoder.layer.{i}" for i in range(3)]
+    assert find_head(model) is model.classifier
+
+
+class TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.ModuleDict({"layer": nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))})
+        self.document = nn.ModuleDict({"layer": nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))})
+
+
+def test_two_towers_are_refused_until_one_is_named():
+    model = TwoTowers()
+    with pytest.raises(
+        ValueError, match=r"query.layer \(3 x Sequential\), document.layer \(2 x Sequential\).*Name one"
+    ):
+        find_blocks(model)
+    assert list(find_blocks(model, "document.layer")) == ["document.layer.0", "document.layer.1"]
+
+
+def test_a_small_side_list_does_not_matter():
+    model = TwoTowers()
+    model.document.layer = nn.ModuleList([nn.Sequential(nn.Linear(2, 1))])
+    assert list(find_blocks(model)) == [f"query.layer.{i}" for i in range(3)]
+
+
+def test_what_cannot_be_found_is_said():
+    with pytest.raises(ValueError, match="found no blocks in Linear.*blocks="):
+        find_blocks(nn.Linear(2, 2))
+    model = tiny("gpt2")
+    with pytest.raises(ValueError, match=r"'transformer.layers' does not exist.*transformer.h \(3 x GPT2Block\)"):
+        find_blocks(model, "transformer.layers")
+    with pytest.raises(ValueError, match="'former.h' does not exist"):
+        find_blocks(model, "former.h")
+    with pytest.raises(ValueError, match="'mlp' stands for several modules: transformer.h.0.mlp"):
+        find_blocks(model, "mlp")
+    with pytest.raises(ValueError, match="transformer.drop .Dropout. has no parameters"):
+        find_blocks(model, "transformer.drop")
+    with pytest.raises(ValueError, match='ModuleList has none.*feedback_space="hidden"'):
+        find_head(nn.ModuleList([nn.Linear(2, 2)]))
+
+
+def test_looking_changes_nothing():
+    model = tiny("gpt2")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    find_blocks(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_stands_before_the_first_weights_of_a_plain_stack_belongs_to_its_first_block():
+    stack = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    units = list(find_blocks(nn.Sequential(stack, nn.Linear(2, 2)), "0").values())
+    assert [[type(part).__name__ for part in unit] for unit in units] == [
+        ["Flatten", "Linear", "ReLU"],
+        ["Linear", "ReLU"],
+        ["Linear"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "points", "ends"),
+    [(9, 0, range(1, 10)), (9, 1, (4, 9)), (9, 2, (3, 6, 9)), (9, 8, range(1, 10)), (3, 1, (1, 3)), (1, 1, (1,))],
+)
+def test_feedback_points_are_evenly_spaced(blocks, points, ends):
+    named = {f"h_{i}": nn.Identity() for i in range(1, blocks + 1)}
+    kept = feedback_blocks(named, points)
+    assert list(kept) == [f"h_{end}" for end in ends]
+    assert all(block is named[name] for name, block in kept.items())

@@ -1,0 +1,73 @@
+"""What the first forward shows: models whose blocks make no chain are refused."""
+
+import pytest
+import torch
+from helpers import count_hooks
+from torch import Tensor, nn
+
+from grape_hf import GrapeArgumentsMixin
+from grape_hf.engine.run import GrapeRun
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(4, 4)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.map(h).tanh()
+
+
+class SideBySide(nn.Module):
+    """Two towers whose outputs the head reads: no chain, although the blocks run one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.ModuleList([Layer(), Layer()]) for _ in range(2))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = b = x
+        for layer in self.left:
+            a = layer(a)
+        for layer in self.right:
+            b = layer(b)
+        return self.head(a + b)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "space"),
+    [
+        ("left,right", "hidden"),
+        ("left,right", "logits"),
+        ("left.0,right", "logits"),
+        ("left.1,right.1", "hidden"),  # y is an output of the other tower
+    ],
+)
+def test_towers_side_by_side_are_refused(blocks, space):
+    model = SideBySide()
+    run = GrapeRun(model, GrapeArgumentsMixin(blocks=blocks, feedback_space=space))
+    with pytest.raises(RuntimeError, match="was expected to work on h_.*it works on (h_|none of them)"):
+        run.start(lambda: model(torch.ones(1, 4)))
+    assert count_hooks(model) == 0
+
+
+class Streams(nn.Module):
+    """Several streams of activations in front of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList([Layer(), Layer(), Layer()]), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.stack([x, -x])
+        for layer in self.layers:
+            h = layer(h)
+        return self.head(h.mean(0))
+
+
+def test_streams_in_front_of_the_batch_are_refused():
+    model = Streams()
+    run = GrapeRun(model, GrapeArgumentsMixin(blocks="layers", feedback_space="logits"))
+    with pytest.raises(RuntimeError, match=r"the batch as the first dimension .* at y .1., found .2."):
+        run.start(lambda: model(torch.ones(1, 3, 4)))
