@@ -155,10 +155,12 @@ class GrapeArgumentsMixin:
         "and y are of one size; `gaussian`, as in DFA; `zero`. `auto`: identity in hidden space where the sizes are "
         "one, else gaussian.",
     )
-    feedback_rule: Literal["lms", "cosine", "ema"] | None = _option(
+    feedback_rule: Literal["lms", "cosine", "ema", "local"] | None = _option(
         "feedback_rule",
         "How B_l learns from the estimate J_hat_l: `cosine`, a gradient step on the columns' cosines (the paper); "
-        "`ema`, a moving average; `lms`, a moving average of what B_l did not predict, with far less noise.",
+        "`ema`, a moving average; `lms`, a moving average of what B_l did not predict, with far less noise. `local` "
+        "makes no estimate: each block learns a map of its own from its own backward, and B_l is the product of the "
+        "maps above.",
     )
     feedback_lr: float | None = _option(
         "feedback_lr",
@@ -216,6 +218,14 @@ class GrapeArgumentsMixin:
         },
     )
 
+    feedback_sweeps: int = field(
+        default=0,
+        metadata={
+            "help": "Correct the deltas so many times before they are used: all blocks send their delta back through "
+            "themselves at once, and get what came out of the block above. L - 1 sweeps are ordinary "
+            "backpropagation. Each costs one backward without weight gradients. Not in the paper."
+        },
+    )
     max_skipped_refinements: int = field(
         default=100,
         metadata={
@@ -287,6 +297,7 @@ class GrapeArgumentsMixin:
             "calibration_threshold": (float, -1, 1),
             "calibration_cooldown": (int, 1, float("inf")),
             "alignment_steps": (int, 0, float("inf")),
+            "feedback_sweeps": (int, 0, float("inf")),
             "max_skipped_refinements": (int, 0, float("inf")),
             "fallback_threshold": (float, -1, 1),
             "fallback_patience": (int, 1, float("inf")),
@@ -322,10 +333,15 @@ class GrapeArgumentsMixin:
                 f'method="fdfa" learns by feedback_rule="ema", got {self.feedback_rule!r}. For another rule use '
                 'method="grape".'
             )
-        if self.method in ESTIMATING and self.feedback_rule in ("lms", "ema") and (self.feedback_lr or 0.0) > 1:
+        if self.method in ESTIMATING and self.feedback_rule != "cosine" and (self.feedback_lr or 0.0) > 1:
             raise ValueError(
                 f"feedback_lr={self.feedback_lr}: expected at most 1 for feedback_rule={self.feedback_rule!r}, a "
                 "moving average, which a higher rate drives away from what it averages."
+            )
+        if self.feedback_rule == "local" and self.calibration_refit:
+            raise ValueError(
+                'calibration_refit=True fits B_l, which feedback_rule="local" makes of the maps of blocks. Set '
+                "calibration_refit=False."
             )
         if self.method in ESTIMATING and self.perturbation_space != "activation" and self.feedback_rule != "cosine":
             raise ValueError(

@@ -114,8 +114,8 @@ def test_a_receiver_is_answered_on_its_device(fake):
     first, second, y_context = (type("Context", (), {})() for _ in range(3))
     h = [torch.randn(BATCH, POSITIONS, WIDTH, device=device) for device in DEVICES]
     star, B = Star(), feedback(WIDTH)
-    token = Receive.forward(first, h[0], None, B[0], star, None, Pairing())
-    later = Receive.forward(second, h[1], token, B[1], star, None, Pairing())
+    token = Receive.forward(first, h[0], None, B[0], star, 0, None, Pairing())
+    later = Receive.forward(second, h[1], token, B[1], star, 1, None, Pairing())
     on_their_devices([token, later])
     Broadcast.forward(y_context, h[2], later, star, 2)
     star.site = 2

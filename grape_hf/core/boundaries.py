@@ -39,7 +39,17 @@ from grape_hf.core import nested
 from grape_hf.core.block_hooks import BlockHook, ReaderHook
 from grape_hf.core.blocks import ends
 from grape_hf.core.layout import AUTO, Layout, Pairing
-from grape_hf.core.modes import BroadcastMode, Forward, Keep, Mode, OutputReached, PerturbMode, RecordMode
+from grape_hf.core.modes import (
+    NO_REFINEMENT,
+    BroadcastMode,
+    Forward,
+    Keep,
+    Mode,
+    OutputReached,
+    PerturbMode,
+    RecordMode,
+    Refinement,
+)
 from grape_hf.core.star import Matrix
 
 if TYPE_CHECKING:
@@ -192,7 +202,11 @@ class Boundaries:
 
     @contextmanager
     def broadcast(
-        self, B: Sequence[Matrix | None], mask: Tensor | None = None, keep: Keep = "nothing"
+        self,
+        B: Sequence[Matrix | None],
+        mask: Tensor | None = None,
+        keep: Keep = "nothing",
+        refinement: Refinement = NO_REFINEMENT,
     ) -> Iterator[list[Forward]]:
         """Send dLoss/dy to every block at once, by the matrices B_1 .. B_{L-1}, each ``(n_l, n_y)``.
 
@@ -205,16 +219,19 @@ class Boundaries:
             B: the feedback matrices; "identity" saves the product with one; None where a boundary is not to be cut, and
                 the gradient of the block after it flows through.
             mask: ``(batch, positions)``, nonzero where a position is not padding.
-            keep: what of each forward is handed out: h_l and y, and the error e that a backward leaves.
+            keep: what of each forward is handed out: h_l and y, the error e that a backward leaves, what is sent.
+            refinement: maps that learn from the backward, and sweeps over the deltas.
 
         Raises:
             RuntimeError: if the blocks do not run once each, in order, up to y, or if a block's output carries no
                 gradient although it has weights to train: the gradients would be silently wrong.
         """
-        mode = BroadcastMode(self, list(B), mask, keep)
+        mode = BroadcastMode(self, list(B), mask, keep, refinement)
         with self._in_mode(mode):
-            yield mode.forwards
-            mode.close()
+            try:
+                yield mode.forwards
+            finally:
+                mode.close()
         if mode.unheard and not self.skips and not self._warned:  # without its last blocks a model may lead to no loss
             self._warned = True
             logger.warning(

@@ -16,13 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grape_hf.core.block_maps import BlockMaps, MapSums
 from grape_hf.core.finite import FiniteGuard
 from grape_hf.core.jacobian import JacobianSum
 from grape_hf.core.layout import SAME
 from grape_hf.core.modes import Forward
 
 FeedbackInit = Literal["identity", "gaussian", "zero"]
-FeedbackRule = Literal["lms", "cosine", "ema"]
+FeedbackRule = Literal["lms", "cosine", "ema", "local"]
 
 
 def initial_feedback(
@@ -182,6 +183,7 @@ class Feedback:
         lr: eta_B; per column for ``cosine``.
         normalize: bring columns to unit length after each refinement, and at the start.
         guard: keeps NaN and Inf out, and counts; one that never raises by default.
+        maps: the maps of blocks whose product the matrices are (``local``); none by default.
 
     Attributes:
         B: the matrices, replaced by each refinement.
@@ -194,10 +196,11 @@ class Feedback:
         lr: float = 0.02,
         normalize: bool = False,
         guard: FiniteGuard | None = None,
+        maps: BlockMaps | None = None,
     ) -> None:
         self.B = [normalize_columns(b) for b in B] if normalize else list(B)
         self.rule, self.lr, self.normalize = rule, lr, normalize
-        self.guard = guard or FiniteGuard()
+        self.guard, self.maps = guard or FiniteGuard(), maps
 
     def refine(self, estimate: JacobianSum) -> None:
         """Learn from the sums of one optimiser step; for ``lms`` they must be those of the residual (``B`` given)."""
@@ -214,6 +217,12 @@ class Feedback:
             refined = [refine_cosine(b, j.to(b), self.lr) for b, j in zip(self.B, means, strict=True)]
         self.take(refined)
 
+    def refine_maps(self, sums: Sequence[MapSums]) -> None:
+        """Learn the maps from the sums of one optimiser step, and make the matrices anew."""
+        assert self.maps is not None
+        self.maps.G = self.guard.admit(self.maps.G, self.maps.refined(sums, self.lr))
+        self.B = self.maps.product()
+
     def jacobians(self, estimate: JacobianSum) -> list[Tensor]:
         """Return J_hat_l, ``(n_y, n_l)``: the means, plus what B predicted where the sums are of the residual."""
         means = estimate.mean()
@@ -227,10 +236,22 @@ class Feedback:
         """Replace the matrices, unless a number in the new ones is NaN or Inf (``FiniteGuard``)."""
         self.B = self.guard.admit(self.B, [normalize_columns(b) for b in refined] if self.normalize else refined)
 
-    def save(self, path: Path, blocks: Sequence[str]) -> None:
-        """Write the matrices to a safetensors file, with the names of the blocks that they end at."""
-        tensors = {f"B_{i}": b.contiguous().cpu() for i, b in enumerate(self.B, 1)}
-        save_file(tensors, path, metadata={"format": "pt", "blocks": json.dumps(list(blocks))})
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the matrices and the maps by the names that they have in a file: ``B_1`` ..., ``G_1`` ..."""
+        maps = [] if self.maps is None else self.maps.G
+        return {f"{kind}_{i}": t for kind, kept in (("B", self.B), ("G", maps)) for i, t in enumerate(kept, 1)}
+
+    def save(self, path: Path, blocks: Sequence[str], tensors: dict[str, Tensor] | None = None) -> None:
+        """Write the matrices to a safetensors file, with the names of the blocks that they end at.
+
+        Args:
+            path: the file.
+            blocks: the names.
+            tensors: what ``tensors`` returned earlier; what it returns now by default.
+        """
+        found = self.tensors() if tensors is None else tensors
+        on_cpu = {name: t.contiguous().cpu() for name, t in found.items()}
+        save_file(on_cpu, path, metadata={"format": "pt", "blocks": json.dumps(list(blocks))})
 
     def load(self, path: Path, blocks: Sequence[str]) -> None:
         """Read the matrices back.
@@ -248,14 +269,24 @@ class Feedback:
         try:
             with safe_open(path, "pt") as file:
                 saved = json.loads(file.metadata()["blocks"])
-                tensors = [file.get_tensor(f"B_{i}") for i in range(1, len(file.keys()) + 1)]
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
         except Exception as error:
             raise ValueError(f"cannot read the feedback matrices in {path}: {error}") from error
-        shapes, expected = [tuple(t.shape) for t in tensors], [tuple(b.shape) for b in self.B]
+        mine = self.tensors()
+        if self.maps is not None and "G_1" not in tensors:
+            raise ValueError(
+                f"{path} holds matrices B_l without the maps of blocks whose product they are for "
+                'feedback_rule="local": expected G_1 to '
+                f"G_{len(self.B)}. Resume with the feedback_rule of the run that wrote it."
+            )
+        shapes = [tuple(t.shape) for name, t in tensors.items() if name in mine or name.startswith("B_")]
+        expected = [tuple(t.shape) for t in mine.values()]
         if saved != list(blocks) or shapes != expected:
             raise ValueError(
                 f"{path} is of another model or grouping: expected matrices {expected} at {list(blocks)}, found "
                 f"{shapes} at {saved}. Resume with the model and options (blocks, feedback_points, feedback_space) "
                 "of the run that wrote it."
             )
-        self.B = [t.to(b) for t, b in zip(tensors, self.B, strict=True)]
+        self.B = [tensors[f"B_{i}"].to(b) for i, b in enumerate(self.B, 1)]
+        if self.maps is not None:
+            self.maps.G = [tensors[f"G_{i}"].to(g) for i, g in enumerate(self.maps.G, 1)]

@@ -2,20 +2,40 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from grape_hf.core.block_maps import BlockMaps
 from grape_hf.core.graph import graph_of, in_backward
 from grape_hf.core.layout import Pairing
-from grape_hf.core.star import Broadcast, Exact, Matrix, Receive, Star
+from grape_hf.core.star import Broadcast, Cut, Exact, Lesson, Matrix, Receive, Star, project_error
 
 if TYPE_CHECKING:
     from grape_hf.core.boundaries import Boundaries
 
 
-Keep = Literal["nothing", "e", "h and e"]
+Keep = Literal["nothing", "e", "e and deltas", "h and e"]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What a star does beside sending B_l e: the maps of blocks learn, and sweeps correct the deltas.
+
+    Args:
+        maps: G_l; in sweeps they are the coarse maps too, which else are identities where sizes allow.
+        learn: whether the maps learn from this step's backward.
+        sweeps: how many.
+    """
+
+    maps: BlockMaps | None = None
+    learn: bool = False
+    sweeps: int = 0
+
+
+NO_REFINEMENT = Refinement()
 
 
 @dataclass
@@ -31,6 +51,7 @@ class Forward:
         site: the number of the module that did.
         call: the call of the model that this is (``calls.py``).
         reached: whether it got to y.
+        sent: the deltas that a star sent to each h_l.
     """
 
     h: dict[int, Tensor] = field(default_factory=dict)
@@ -41,6 +62,7 @@ class Forward:
     site: int = 0
     call: Any = None
     reached: bool = False
+    sent: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def e(self) -> Tensor | None:
@@ -147,27 +169,60 @@ class BroadcastMode(_FollowingMode):
     """Cut the graph at each h_l, and join its arms at y (``Boundaries.broadcast``)."""
 
     def __init__(
-        self, boundaries: "Boundaries", B: list[Matrix | None], mask: Tensor | None = None, keep: Keep = "nothing"
+        self,
+        boundaries: "Boundaries",
+        B: list[Matrix | None],
+        mask: Tensor | None = None,
+        keep: Keep = "nothing",
+        refinement: Refinement = NO_REFINEMENT,
     ) -> None:
         super().__init__(boundaries)
-        self.B, self.mask, self.keep = B, mask, keep
+        self.B, self.mask, self.keep, self.refinement = B, mask, keep, refinement
         self.star = Star()  # of the forward under way
+        self._begun: list[Star] = []
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._shapes: dict[int, torch.Size] = {}
         # The stand-in of the node made last. Not the star's: its node holds the star, and would not be let go.
         self.token: Tensor | None = None
 
     def begin(self) -> None:
         """Begin a star of its own."""
-        self.close()
+        self._end()
         super().begin()
+        self.star = self._new_star(self.forwards[-1])
+        self._begun.append(self.star)
 
     def close(self) -> None:
+        """End: let go of what waits for a backward that does not come."""
+        self._end()
+        for star in self._begun:
+            star.forget()
+
+    def _end(self) -> None:
         """Count the forward under way if its blocks wait for an error that cannot come any more."""
         self.unheard += self.token is not None and self.star.site is None
         self.star, self.token = Star(), None
 
+    def _new_star(self, forward: Forward) -> Star:
+        refinement, lesson = self.refinement, None
+        if refinement.learn or self.keep == "e and deltas":
+            maps = refinement.maps if refinement.learn else None
+            lesson = Lesson(maps, refinement.sweeps > 0, forward.sent if self.keep == "e and deltas" else None)
+        return Star(lesson, refinement.sweeps, self._coarse if refinement.sweeps else None)
+
+    def _coarse(self, index: int, above: int, change: Tensor) -> Tensor | None:
+        """Return C_l of the change of the delta above: G_l's, or the same vector where the shapes allow it."""
+        maps, shape = self.refinement.maps, self._shapes[index]
+        if maps is None:
+            return change if change.shape == shape else None
+        if maps.sources[index] != above:
+            return None
+        layout = self.boundaries.layout
+        return layout.restore(maps.apply(index, layout.vectors(change)), shape)
+
     def recomputation(self) -> "BroadcastMode":
         """Return a mode that does the same to the graph as this one."""
-        return BroadcastMode(self.boundaries, self.B)
+        return BroadcastMode(self.boundaries, self.B, refinement=self.refinement)
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         """Cut the graph behind h_l; its arm waits for y. Raises RuntimeError if the gradient is lost already."""
@@ -187,10 +242,25 @@ class BroadcastMode(_FollowingMode):
         if h.requires_grad:
             assert isinstance(mode, BroadcastMode)
             padding, still = pairing.padding, pairing.padded(None)
-            mode.token = Receive.apply(h, mode.token, self.B[index], mode.star, padding, still)
-        elif mode is self and self._last == index:
-            self._check_gradient(index, h, block)
-        return h.detach().clone() if copied else h.detach()
+            mode.token = Receive.apply(h, mode.token, self.B[index], mode.star, index, padding, still)
+            cut = mode.cut(index, h, pairing)
+        else:
+            if mode is self and self._last == index:
+                self._check_gradient(index, h, block)
+            cut = h.detach()
+        return cut.clone() if copied else cut
+
+    def cut(self, index: int, h: Tensor, pairing: Pairing) -> Tensor:
+        """Return h_l without the graph of the block that made it; with a graph of its own where v is asked for."""
+        star, B = self.star, self.B[index]
+        if not self.refinement.learn and not self.refinement.sweeps:
+            return h.detach()
+        cut = Cut.apply(h, self._anchor, star.lesson if self.refinement.learn else None, index)
+        if self.refinement.sweeps:
+            assert B is not None
+            self._shapes[index] = h.shape
+            star.arms[index] = h, cut, partial(project_error, B=B, h_shape=h.shape, pairing=pairing)
+        return cut
 
     @staticmethod
     def _check_gradient(index: int, h: Tensor, block: nn.Module) -> None:
@@ -211,6 +281,7 @@ class BroadcastMode(_FollowingMode):
             self._check_gradient(site, y, self.boundaries.blocks[site])
         if mode.token is not None:
             mode.star.site = site
+            mode.star.y = y if mode.star.arms else None
             kept = self.forwards[-1].errors if mode is self and self.keep != "nothing" else None
             y = Broadcast.apply(y, mode.token, mode.star, site, kept)
         if mode is self and self.forwards:

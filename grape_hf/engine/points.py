@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from grape_hf.core.block_maps import BlockMaps, map_sources
 from grape_hf.core.blocks import find_blocks, find_encoder, find_head
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError
 from grape_hf.core.calls import Calls
@@ -172,20 +173,65 @@ class FeedbackPoints:
             for kind, h in zip(inits, shapes.h, strict=True)
         ]
 
-    def refuse_size(self, shapes: Probe) -> None:
+    @property
+    def by_block(self) -> bool:
+        """Whether each block has a map of its own, and B_l is their product."""
+        return self.options.method == "grape" and self.options.feedback_rule == "local"
+
+    def initial_maps(self, boundaries: Boundaries, shapes: Probe, seed: int) -> BlockMaps:
+        """Make the first maps G_l by ``feedback_init``; ``auto`` is the identity where it fits, else gaussian.
+
+        Args:
+            boundaries: not attached at present.
+            shapes: of h_l and y.
+            seed: of a gaussian start.
+
+        Raises:
+            ValueError: if ``feedback_init="identity"`` and the sizes of two neighbours differ.
+        """
+        sources, generator = self._sources(boundaries, shapes), torch.Generator().manual_seed(seed)
+        G = []
+        for index, (h, (n_l, n)) in enumerate(zip(shapes.h, self._map_shapes(boundaries, shapes), strict=True)):
+            init = self.options.feedback_init or "auto"
+            if init == "auto":
+                of_encoder = sources[index] is None and index in boundaries.pooled  # no shortcut leads out of it
+                init = "zero" if of_encoder else "identity" if n_l == n else "gaussian"
+            start = initial_feedback(init, n_l, n, generator, torch.promote_types(h.dtype, torch.float32))
+            shared = sources[index] is None and boundaries.read_at is not None and init == "identity"
+            G.append((start / shapes.positions if shared else start).to(h.device))
+        return BlockMaps(G, sources)
+
+    def _sources(self, boundaries: Boundaries, shapes: Probe) -> list[int | None]:
+        return map_sources(shapes.lengths, [index in boundaries.pooled for index in range(len(shapes.h))])
+
+    def _map_shapes(self, boundaries: Boundaries, shapes: Probe) -> list[tuple[int, int]]:
+        """The shapes of all matrices, ``(n_l, n)``: n is n_y, or that of the boundary which a map comes from."""
+        sizes = [h.shape[-1] for h in shapes.h]
+        if not self.by_block:
+            return [(n_l, shapes.n_y) for n_l in sizes]
+        sources = self._sources(boundaries, shapes)
+        return [(n, shapes.n_y if s is None else sizes[s]) for n, s in zip(sizes, sources, strict=True)]
+
+    def refuse_size(self, boundaries: Boundaries, shapes: Probe) -> None:
         """Refuse matrices that are larger together than ``feedback_size_limit``, before they are made.
+
+        Args:
+            boundaries: not attached at present.
+            shapes: of h_l and y.
 
         Raises:
             ValueError: with the size, the largest of them, and the ways out.
         """
-        size, limit = sum(shapes.sizes) * 4 / 2**30, self.options.feedback_size_limit
+        matrices = self._map_shapes(boundaries, shapes)
+        numbers = [rows * columns for rows, columns in matrices]
+        size, limit = sum(numbers) * 4 / 2**30, self.options.feedback_size_limit
         if size <= limit:
             return
-        largest = max(range(len(shapes.sizes)), key=shapes.sizes.__getitem__)
-        h = shapes.h[largest].shape[-1]
+        largest = max(range(len(numbers)), key=numbers.__getitem__)
+        h, columns = matrices[largest]
         raise ValueError(
             f"the feedback matrices would take {size:.3g} GiB, more than feedback_size_limit={limit} allows; the "
-            f"largest, at {self.names[largest]}, is {h:,} x {shapes.n_y:,}. Share one matrix among the positions "
+            f"largest, at {self.names[largest]}, is {h:,} x {columns:,}. Share one matrix among the positions "
             'of a map (feedback_sharing="position" or "grid"), use fewer feedback points (feedback_points), '
             'measure the error where it has fewer numbers (feedback_space="logits" for few classes), or raise the '
             "limit."

@@ -40,6 +40,7 @@ class Probe:
         beside: what but the head may read the output of the last block: empty if nothing does.
         changed: names of the parameters that a forward changes.
         apart: boundaries at which something lies between a block and the next, so that h_l is not the block's output.
+        lengths: how many positions each h_l has, with those that are padding.
     """
 
     h: list[Tensor]
@@ -49,6 +50,7 @@ class Probe:
     beside: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     apart: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
 
     @property
     def sizes(self) -> list[int]:
@@ -129,6 +131,7 @@ class Look(Watcher):
             [] if boundaries.hidden else self.beside(),
             self.changed,
             [index for index, read in self.read.items() if read is not self.made[index]],
+            [vectors(t.detach()).shape[1] for t in h],
         )
 
     def _positions(self, boundaries: Boundaries, h: Tensor) -> float:

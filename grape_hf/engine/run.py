@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from grape_hf.core.alignment import delta_alignment, delta_products, feedback_alignment, replayed_alignment
+from grape_hf.core.alignment import delta_alignment, delta_products, feedback_alignment, replayed_alignment, size_ratio
 from grape_hf.core.boundaries import OutputNotReachedError, ReadAt
 from grape_hf.core.calls import Calls, ModelCall, NoCallError
 from grape_hf.core.feedback import Feedback, refit_moments
 from grape_hf.core.finite import FiniteGuard
 from grape_hf.core.isolation import forget_compiled_code, isolated
 from grape_hf.core.jacobian import JacobianSum, Noise, jacobian_terms
-from grape_hf.core.modes import Forward, Keep, OutputReached
+from grape_hf.core.modes import Forward, Keep, OutputReached, Refinement
 from grape_hf.core.star import Matrix
 from grape_hf.core.tangents import ForwardModeError, JvpMode
 from grape_hf.engine.calibration import CalibrationSchedule
@@ -209,17 +209,23 @@ class GrapeRun:
         space, self.boundaries, shapes = points.look(forward, self.sharded, calls, self._agreed)
         self._changing, self._known_changes = shapes.changed, {False}
         self.boundaries.read_at = self._as_first_rank(self.boundaries.read_at)
-        points.refuse_size(shapes)
+        points.refuse_size(self.boundaries, shapes)
         self.boundaries.sizes = [h.shape[-1] for h in shapes.h]
         # Each rank has looked at samples of its own.
         some = forward
         if isinstance(forward, ModelCall) and (number := forward.samples) is not None:
             some = forward.take(range(min(number, 32)))  # the Jacobian of a shortcut path is a mean over samples
-        B = self.ranks.first(points.initial_feedback(space, self.boundaries, shapes, some, self.seed))
+        self.maps = points.initial_maps(self.boundaries, shapes, self.seed) if points.by_block else None
+        if self.maps is None:
+            B = points.initial_feedback(space, self.boundaries, shapes, some, self.seed)
+        else:
+            self.maps.G = self.ranks.first(self.maps.G)
+            B = self.maps.product()
+        B = self.ranks.first(B)
         self._reshard()
         finite = FiniteGuard(options.max_skipped_refinements)
         rate = options.feedback_lr or 0.0
-        self.feedback = Feedback(B, options.feedback_rule or "lms", rate, self._normalize(), finite)
+        self.feedback = Feedback(B, options.feedback_rule or "lms", rate, self._normalize(), finite, self.maps)
         self.drift = DriftGuard(
             options.fallback, options.fallback_threshold, options.fallback_patience, self.block_names
         )
@@ -256,11 +262,14 @@ class GrapeRun:
             return
         self.current_step, self.calibrating = step, self.schedule.due(step) and not self.drift.everywhere
         if self.restartable:
-            self._began_with = self.feedback.B, self._state()
+            self._began_with = self.feedback.tensors(), self._state()
         self._estimate = JacobianSum()
         self._products: Tensor | None = None
+        self._weight_products: Tensor | None = None
         self._moments: list[tuple[Tensor, Tensor]] = []
         self._weight_gradients: list[Tensor] = []  # of B_l as a weight: dkp
+        if self.maps is not None:
+            self.maps.begin()
 
     @property
     def single_block(self) -> bool:
@@ -270,6 +279,15 @@ class GrapeRun:
     @property
     def estimating(self) -> bool:
         """Whether an estimate is to be made in this step."""
+        return self.maps is None and self._due
+
+    @property
+    def learning(self) -> bool:
+        """Whether the maps of blocks learn from this step's own backward."""
+        return self.maps is not None and self._due
+
+    @property
+    def _due(self) -> bool:
         assert self.current_step is not None
         learned = self.options.method in ESTIMATING and not self.drift.everywhere
         return learned and not self.calibrating and self.current_step % (self.options.jvp_steps or 1) == 0
@@ -446,8 +464,13 @@ class GrapeRun:
             return
         reads = self.boundaries.read_at is not None and self.estimating
         wanted = self.measuring or reads or not self._seen_error
-        keep: Keep = "h and e" if learns_in_place else "e" if wanted else "nothing"
-        with self.boundaries.broadcast(B, mask, keep) as forwards:
+        keep: Keep = "nothing"
+        if learns_in_place:
+            keep = "h and e"
+        elif wanted:
+            keep = "e and deltas" if self.measuring else "e"
+        refinement = Refinement(self.maps, self.learning, self.options.feedback_sweeps)
+        with self.boundaries.broadcast(B, mask, keep, refinement) as forwards:
             yield forwards
             if learns_in_place:
                 self._add_weight_gradients(forwards)
@@ -459,10 +482,14 @@ class GrapeRun:
             forwards: what ``step`` handed out, after the backward.
         """
         for call in {id(forward.call): forward.call for forward in forwards if forward.call is not None}.values():
-            errors = [forward.e for forward in forwards if forward.call is call]
+            of_call = [forward for forward in forwards if forward.call is call]
             with self._on_the_side(deterministic=False):
                 call.same_randomness()
-                self._add_products(replayed_alignment(self.boundaries, call, errors, self.feedback.B))
+                weights = not self.sharded  # of shards there is no whole gradient
+                found = replayed_alignment(self.boundaries, call, of_call, self.feedback.B, weights)
+            self._add_products(found[0])
+            if weights:
+                self._weight_products = found[1] + (0 if self._weight_products is None else self._weight_products)
 
     def finish_step(self, rate: float = 0.0, decay: float = 0.0) -> None:
         """Refine the feedback by what this optimiser step gathered on all ranks.
@@ -482,12 +509,22 @@ class GrapeRun:
             estimate = self._estimate.total(self.ranks.total)
             self._log_alignment("estimate", feedback_alignment(self.feedback.B, self.feedback.jacobians(estimate)))
             self.feedback.refine(estimate)
+        if self.learning:
+            assert self.maps is not None
+            sums = self.maps.total(self.ranks.total)
+            self._log_alignment("estimate", self.maps.alignment(sums))
+            self.feedback.refine_maps(sums)
         if self._weight_gradients:
             means = [g / self.ranks.count for g in self.ranks.total(self._weight_gradients)]  # as of all gradients
             eta = rate * (self.options.feedback_lr or 0.0)
             self.feedback.take([dkp.refine(b, g, eta, decay) for b, g in zip(self.feedback.B, means, strict=True)])
         if self._products is not None:
             self._log_alignment("exact", delta_alignment(*self.ranks.total([self._products])))
+        if self._weight_products is not None:
+            (products,) = self.ranks.total([self._weight_products])
+            for name, values in {"cosine": delta_alignment(products), "size": size_ratio(products)}.items():
+                self.metrics[f"weight_gradient/{name}/mean"] = values.nanmean()
+                self.metrics |= {f"weight_gradient/{name}/h_{i}": value for i, value in enumerate(values, 1)}
         if self._moments:
             totals = iter(self.ranks.total([t for pair in self._moments for t in pair]))
             self.feedback.refit(list(zip(totals, totals, strict=True)))
@@ -513,7 +550,11 @@ class GrapeRun:
         tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
         values = torch.stack([t.float() for t in tensors.values()]).tolist() if tensors else []
         read = {name: value for name, value in metrics.items() if not isinstance(value, Tensor)}
-        self.metrics = {name: value for name, value in self.metrics.items() if not name.startswith("alignment/exact")}
+        self.metrics = {
+            name: value
+            for name, value in self.metrics.items()
+            if not name.startswith(("alignment/exact", "weight_gradient"))
+        }
         read |= dict(zip(tensors, values, strict=True))
         self.feedback.guard.check(read)
         return read
@@ -526,8 +567,11 @@ class GrapeRun:
             finished: False between ``finish_step`` and the update of the weights: a resumed run will do the whole step
                 again, so with ``restartable`` what it started from is written.
         """
-        B, state = self._began_with if self.restartable and not finished else (self.feedback.B, self._state())
-        Feedback(B).save(folder / FEEDBACK_NAME, self.block_names)
+        if self.restartable and not finished:
+            tensors, state = self._began_with
+        else:
+            tensors, state = self.feedback.tensors(), self._state()
+        self.feedback.save(folder / FEEDBACK_NAME, self.block_names, tensors)
         (folder / STATE_NAME).write_text(json.dumps(state, indent=2, default=Tensor.tolist))
 
     def _state(self) -> dict[str, Any]:
@@ -561,6 +605,8 @@ class GrapeRun:
     def load_feedback(self, folder: Path) -> None:
         """Read B_l alone."""
         self.feedback.load(folder / FEEDBACK_NAME, self.block_names)
+        if self.maps is not None:
+            self.maps.G = self.ranks.first(self.maps.G)
         self.feedback.B = self.ranks.first(self.feedback.B)  # each rank has read a file of its own
         self._frozen_identity = self._is_frozen_identity()
 

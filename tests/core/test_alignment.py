@@ -13,8 +13,11 @@ from grape_hf.core.alignment import (
     exact_alignment,
     feedback_alignment,
     frobenius_cosine,
+    replayed_alignment,
+    size_ratio,
 )
 from grape_hf.core.boundaries import Boundaries
+from grape_hf.core.modes import Forward
 
 
 def test_frobenius_cosine():
@@ -77,3 +80,27 @@ def test_a_recorded_backward_gives_the_same_and_leaves_gradients_alone():
         torch.testing.assert_close(delta_products(forwards, B), aside)
     for p, g in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_weight_gradients_of_a_star_beside_the_exact_ones(exact):
+    """Of what a step sent, not of B_l e: sweeps may have changed it. The oracle is autograd on the parts."""
+    model, boundaries, B = network()
+    x, weight = torch.randn(2, 3, 7, 5, dtype=torch.float64)
+    h = [model[0](x)]
+    for block in model[1:]:
+        h.append(block(h[-1]))
+    deltas = torch.autograd.grad((h[-1] * weight).sum(), h[:3], retain_graph=True)
+    sent = dict(enumerate(deltas)) if exact else dict(enumerate(torch.randn(2, 3, 7, 5, dtype=torch.float64)))
+    step = Forward(errors={2: deltas[2]}, site=2, sent={i: sent[i] for i in (0, 1)})
+    with boundaries.attached():
+        products, of_weights = replayed_alignment(boundaries, lambda: model(x), [step], B)
+    for i in (0, 1):
+        parameters = list(model[i].parameters())
+        true = torch.cat([g.flatten() for g in torch.autograd.grad(h[-1], parameters, weight, retain_graph=True)])
+        mine = torch.cat([g.flatten() for g in torch.autograd.grad(h[i], parameters, sent[i], retain_graph=True)])
+        assert delta_alignment(of_weights)[i].item() == pytest.approx(frobenius_cosine(mine, true).item())
+        assert size_ratio(of_weights)[i].item() == pytest.approx((mine.norm() / true.norm()).item())
+        assert delta_alignment(products)[i].item() == pytest.approx(frobenius_cosine(sent[i], deltas[i]).item())
+        assert (delta_alignment(of_weights)[i].item() == pytest.approx(1)) is exact
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,183 @@
+r"""A block's own map: G_l stands for block l's transposed Jacobian, and B_l is the product of those above it.
+
+The exact deltas obey delta_{l-1} = F_l(delta_l), with F_l the transposed Jacobian of block l, which the block's own
+backward applies. G_l, ``(n_{l-1}, n_l)``, stands for F_l at one position, so that
+
+.. math:: B_l = G_{l+1} G_{l+2} \cdots G_L.
+
+The step itself stays a broadcast of e. After it G_l learns by normalised least mean squares from what block l has just
+computed: ``d = delta_l``, which it was given, and ``v = F_l(d)``, the gradient at its input:
+
+.. math:: G_l \leftarrow G_l + \min\left(\frac{\eta \, n_l}{\max(1, n_l / N) \sum_i |d_i|^2},
+    \frac{1}{\lambda}\right) \sum_i (v_i - G_l d_i) d_i^\top,
+
+the sums over the N vectors of a global batch whose d is not zero. lambda is no less than the largest eigenvalue of
+:math:`\sum_i d_i d_i^\top`: a longer step diverges where the d have few directions. It is the Frobenius norm of that
+matrix, taken from up to 256 of the vectors of each backward. No forward-mode pass is made and no block waits.
+In this file ``maps[i]`` belongs to boundary i, h_{i+1}: it leads to the gradient there.
+
+Source: ours (METHOD.md, "Block-level feedback, paths and sweeps"); the update is Widrow and Hoff's, normalised.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grape_hf.core.layout import Pairing
+
+
+@dataclass
+class MapSums:
+    """What one optimiser step teaches one map: sums over vectors, micro-batches and ranks.
+
+    Attributes:
+        residual: of (v - G d) d^T, shaped like G.
+        power: of |d|^2.
+        largest: of lambda.
+        count: of vectors whose d is not zero.
+        products: of (G d . v, |G d|^2, |v|^2), ``(3,)``: how well the map does.
+    """
+
+    residual: Tensor
+    power: Tensor
+    largest: Tensor
+    count: Tensor
+    products: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in order."""
+        return [self.residual, self.power, self.largest, self.count, self.products]
+
+
+class BlockMaps:
+    """The maps of all blocks behind a boundary, their product, and how they learn.
+
+    Args:
+        G: for each boundary the map to it, ``(n_l, n of its source)``.
+        sources: for each boundary the one behind the next block, whose delta the map takes; None where it takes e
+            itself: at the last boundary, and where the next has other positions.
+
+    Raises:
+        ValueError: if the sizes of two neighbours do not go together.
+    """
+
+    def __init__(self, G: Sequence[Tensor], sources: Sequence[int | None]) -> None:
+        self.G, self.sources = list(G), list(sources)
+        for index, source in enumerate(self.sources):
+            if source is not None and self.G[index].shape[1] != self.G[source].shape[0]:
+                raise ValueError(
+                    f"expected a map from delta_{source + 1} with {self.G[source].shape[0]} columns at h_{index + 1}, "
+                    f"got one of shape {tuple(self.G[index].shape)}."
+                )
+        self.sums: dict[int, MapSums] = {}
+
+    def product(self, G: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Return B_1 .. B_{L-1}, each ``(n_l, n_y)``, of these maps or of others in their place."""
+        G = self.G if G is None else G
+        B = list(G)
+        for index in reversed(range(len(B))):
+            source = self.sources[index]
+            if source is not None:
+                B[index] = G[index] @ B[source].to(G[index].device)
+        return B
+
+    def begin(self) -> None:
+        """Forget the sums of the step before."""
+        self.sums = {}
+
+    def apply(self, index: int, d: Tensor) -> Tensor:
+        """Return G d for vectors ``(batch, positions, n)`` of the boundary's source, in their dtype."""
+        return d @ self.G[index].mT.to(d)
+
+    @torch.no_grad()
+    def observe(self, index: int, v: Tensor, d: Tensor, predicted: Tensor) -> None:
+        """Add what one backward of the block behind a boundary showed.
+
+        Args:
+            index: the boundary.
+            v: gradient at its h_l, ``(batch, positions, n_l)``.
+            d: delta of its source, ``(batch, positions, n)``.
+            predicted: G d, ``(batch, positions, n_l)``.
+        """
+        G = self.G[index]
+        v, d, predicted = (t.to(G.device, torch.promote_types(t.dtype, torch.float32)) for t in (v, d, predicted))
+        v, d, predicted = v.flatten(0, 1), d.flatten(0, 1), predicted.flatten(0, 1)
+        squares = d.square().sum(-1)
+        found = MapSums(
+            ((v - predicted).mT @ d).to(G),
+            squares.sum().to(G),
+            _largest(d).to(G),
+            (squares > 0).sum(),
+            torch.stack([(predicted * v).sum(), predicted.square().sum(), v.square().sum()]).to(G),
+        )
+        earlier = self.sums.get(index)
+        if earlier is not None:
+            found = MapSums(*(a + b for a, b in zip(earlier.tensors, found.tensors, strict=True)))
+        self.sums[index] = found
+
+    def total(self, over_ranks: Callable[[list[Tensor]], list[Tensor]]) -> list[MapSums]:
+        """Return the sums of every boundary over ranks; zero where no block was seen.
+
+        Args:
+            over_ranks: sums each of the tensors in a list.
+        """
+        mine = [self.sums.get(index) or self._nothing(g) for index, g in enumerate(self.G)]
+        totals = iter(over_ranks([tensor for sums in mine for tensor in sums.tensors]))
+        return [MapSums(*five) for five in zip(*[totals] * 5, strict=True)]
+
+    def refined(self, totals: Sequence[MapSums], lr: float) -> list[Tensor]:
+        """Return the maps after the step of the equation above; a map that saw nothing stays as it is.
+
+        Args:
+            totals: what ``total`` returned.
+            lr: eta.
+        """
+        refined = []
+        for g, sums in zip(self.G, totals, strict=True):
+            n = g.shape[1]
+            rate = lr * n / (n / sums.count.clamp(min=1)).clamp(min=1)
+            tiny = torch.finfo(g.dtype).tiny
+            step = torch.minimum(rate / sums.power.clamp(min=tiny), 1 / sums.largest.clamp(min=tiny))
+            refined.append(g + torch.where(sums.power > 0, step, 0.0).to(g) * sums.residual)
+        return refined
+
+    @staticmethod
+    def alignment(totals: Sequence[MapSums]) -> Tensor:
+        """Return the cosine of G d with v at each boundary, ``(L-1,)``; NaN where one of them vanishes."""
+        products = torch.stack([sums.products.to(totals[0].products) for sums in totals])
+        return products[:, 0] / (products[:, 1] * products[:, 2]).sqrt()
+
+    @staticmethod
+    def _nothing(g: Tensor) -> MapSums:
+        zero = g.new_zeros(())
+        return MapSums(
+            torch.zeros_like(g), zero, zero, torch.zeros((), dtype=torch.int64, device=g.device), g.new_zeros(3)
+        )
+
+
+def _largest(d: Tensor, rows: int = 256) -> Tensor:
+    """Bound the largest eigenvalue of d^T d, ``d`` being ``(N, n)``, by evenly chosen rows."""
+    some = d[:: max(1, len(d) // rows)][:rows]
+    return torch.linalg.matrix_norm(some @ some.mT) * (len(d) / max(len(some), 1))
+
+
+def map_sources(positions: Sequence[int], pooled: Sequence[bool]) -> list[int | None]:
+    """Return from where each boundary's map leads: the next one with the same positions, else None, which is e.
+
+    Args:
+        positions: of each h_l.
+        pooled: whether h_l is of another sequence than y: an encoder's.
+    """
+    last = len(positions) - 1
+    alike = [
+        i < last and positions[i] == positions[i + 1] and pooled[i] == pooled[i + 1] for i in range(len(positions))
+    ]
+    return [i + 1 if same else None for i, same in enumerate(alike)]
+
+
+def aligned_source(e: Tensor, pairing: Pairing, positions: int) -> Tensor:
+    """Return e as the map of a boundary without another source takes it: ``(batch, positions or 1, n_y)``."""
+    return pairing.align(pairing.layout.vectors(e), positions)

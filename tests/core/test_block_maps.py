@@ -1,0 +1,159 @@
+"""Maps of blocks: what they learn from a backward, against plain loops; the product; sizes that do not go together."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import GPT2
+from torch import Tensor, nn
+
+from grape_hf.core.block_maps import BlockMaps, map_sources
+from grape_hf.core.blocks import find_blocks
+from grape_hf.core.boundaries import Boundaries
+from grape_hf.core.modes import Refinement
+
+DOUBLE = {"dtype": torch.float64}
+
+
+class Chain(nn.Module):
+    """Linear blocks of several widths, so that the exact maps are the weights."""
+
+    def __init__(self, widths: tuple[int, ...] = (4, 6, 5, 3)) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.widths = widths
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def random_maps(widths: tuple[int, ...]) -> BlockMaps:
+    G = [torch.randn(a, b, **DOUBLE) for a, b in pairwise(widths[1:])]
+    return BlockMaps(G, [*range(1, len(G)), None])
+
+
+def test_b_is_the_product_of_the_maps_above():
+    maps = random_maps((4, 6, 5, 3))
+    expected = [maps.G[0] @ maps.G[1], maps.G[1]]
+    for got, product in zip(maps.product(), expected, strict=True):
+        torch.testing.assert_close(got, product)
+
+
+def test_a_map_that_takes_e_begins_a_product_of_its_own():
+    maps = BlockMaps([torch.randn(4, 6), torch.randn(6, 3), torch.randn(5, 3)], [1, None, None])
+    torch.testing.assert_close(maps.product()[0], maps.G[0] @ maps.G[1])
+    assert maps.product()[1] is maps.G[1]
+
+
+def test_neighbours_of_other_sizes_are_refused():
+    with pytest.raises(
+        ValueError, match=r"expected a map from delta_2 with 6 columns at h_1, got one of shape \(4, 5\)"
+    ):
+        BlockMaps([torch.randn(4, 5), torch.randn(6, 3)], [1, None])
+
+
+def test_a_map_comes_from_the_next_boundary_with_the_same_positions():
+    assert map_sources([8, 8, 8], [False] * 3) == [1, 2, None]
+    assert map_sources([16, 4, 4], [False] * 3) == [None, 2, None]
+    assert map_sources([8, 8, 8, 8], [True, True, False, False]) == [1, None, 3, None]
+
+
+def test_the_step_is_that_of_the_equation_in_plain_loops():
+    model = GPT2.model(torch.float64)
+    x = torch.randint(31, (3, 8))
+    boundaries = Boundaries(list(find_blocks(model).values()))
+    n = 16
+    maps = BlockMaps([torch.eye(n, **DOUBLE) + 0.1 * torch.randn(n, n, **DOUBLE) for _ in range(2)], [1, None])
+    B, eta = maps.product(), 0.3
+    with boundaries.attached(), boundaries.broadcast(B, refinement=Refinement(maps, learn=True)) as forwards:
+        model(x, labels=x).loss.backward()
+    got = maps.refined(maps.total(list), eta)
+    assert len(forwards) == 1
+
+    # By hand: run each block alone on its input, and pull what it is given back through it.
+    with boundaries.attached(), boundaries.record() as forwards:
+        model(x, labels=x).loss.backward()
+    (forward,) = forwards
+    e = forward.e
+    deltas = [e @ B[0].mT, e @ B[1].mT, e]
+    blocks = list(find_blocks(model).values())
+    for i in (0, 1):
+        h = forward.h[i].detach().requires_grad_()
+        out = blocks[i + 1](h)
+        (v,) = torch.autograd.grad(out[0] if isinstance(out, tuple) else out, h, deltas[i + 1])
+        step, power, count = torch.zeros(n, n, **DOUBLE), 0.0, 0
+        for sample in range(3):
+            for position in range(8):
+                d, target = deltas[i + 1][sample, position], v[sample, position]
+                step += torch.outer(target - maps.G[i] @ d, d)
+                power += float(d @ d)
+                count += bool(d.any())
+        assert count == 21  # the last position predicts nothing
+        largest = torch.linalg.matrix_norm(deltas[i + 1].flatten(0, 1).mT @ deltas[i + 1].flatten(0, 1))
+        expected = maps.G[i] + min(eta * n / max(1, n / count) / power, 1 / largest) * step
+        torch.testing.assert_close(got[i], expected)
+
+
+def test_micro_batches_and_ranks_add_up():
+    torch.manual_seed(1)
+    v, d = torch.randn(4, 5, 6, **DOUBLE), torch.randn(4, 5, 3, **DOUBLE)
+
+    def learned(*parts: slice) -> Tensor:
+        maps = random_maps((2, 6, 3))
+        maps.G[0] = torch.ones(6, 3, **DOUBLE)
+        totals = []
+        for part in parts:
+            maps.observe(0, v[part], d[part], d[part] @ maps.G[0].mT)
+        totals = maps.total(list)
+        return maps.refined(totals, 0.1)[0]
+
+    torch.testing.assert_close(learned(slice(0, 4)), learned(slice(0, 1), slice(1, 4)))
+
+
+def test_maps_of_linear_blocks_become_their_transposed_weights():
+    model = Chain().double()
+    boundaries = Boundaries(model.blocks)
+    maps = random_maps(model.widths)
+    with boundaries.attached():
+        for _ in range(1500):
+            x, target = torch.randn(16, 4, **DOUBLE), torch.randn(16, 3, **DOUBLE)
+            maps.begin()
+            with boundaries.broadcast(maps.product(), refinement=Refinement(maps, learn=True)):
+                F.mse_loss(model(x), target).backward()
+            maps.G = maps.refined(maps.total(list), 1.0)
+    torch.testing.assert_close(maps.G[1], model.blocks[2].weight.detach().mT, atol=1e-6, rtol=0)
+    # The deltas of h_2 span no more than the 3 directions of e, so G_2 is known there alone: B_1 is exact.
+    J = model.blocks[2].weight @ model.blocks[1].weight
+    torch.testing.assert_close(maps.product()[0], J.detach().mT, atol=1e-6, rtol=0)
+
+
+def test_deltas_in_one_direction_do_not_drive_a_map_away():
+    """With all the power in one direction a step of eta n / sum |d|^2 is n eta times too long."""
+    n = 64
+    maps = BlockMaps([torch.zeros(n, n, **DOUBLE)], [None])
+    direction, true = torch.randn(n, **DOUBLE), torch.randn(n, n, **DOUBLE)
+    for _ in range(50):
+        d = torch.randn(2, 100, 1, **DOUBLE) * direction
+        maps.begin()
+        maps.observe(0, d @ true.mT, d, d @ maps.G[0].mT)
+        maps.G = maps.refined(maps.total(list), 0.5)
+    torch.testing.assert_close(maps.G[0] @ direction, true @ direction, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_is_learned_from_nothing():
+    maps = random_maps((4, 6, 5, 3))
+    before = [g.clone() for g in maps.G]
+    for g, kept in zip(maps.refined(maps.total(list), 0.5), before, strict=True):
+        assert torch.equal(g, kept)
+
+
+def test_the_alignment_is_the_cosine_of_what_was_predicted():
+    maps = random_maps((2, 6, 3))
+    v, d = torch.randn(4, 5, 6, **DOUBLE), torch.randn(4, 5, 3, **DOUBLE)
+    predicted = d @ maps.G[0].mT
+    maps.observe(0, v, d, predicted)
+    expected = F.cosine_similarity(v.flatten(), predicted.flatten(), dim=0)
+    torch.testing.assert_close(maps.alignment(maps.total(list))[0], expected)

@@ -1,0 +1,161 @@
+"""Sweeps over the deltas: L - 1 of them are backpropagation, one is the formula in plain loops."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from problems import GPT2
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForSeq2SeqLM, T5Config
+
+from grape_hf.core.block_maps import BlockMaps
+from grape_hf.core.blocks import find_blocks
+from grape_hf.core.boundaries import Boundaries
+from grape_hf.core.modes import Refinement
+from grape_hf.engine.probe import probe
+
+WIDTH = 16
+DOUBLE = {"dtype": torch.float64}
+
+
+def learned_maps(number: int) -> BlockMaps:
+    G = [torch.eye(WIDTH, **DOUBLE) + 0.1 * torch.randn(WIDTH, WIDTH, **DOUBLE) for _ in range(number)]
+    return BlockMaps(G, [*range(1, number), None])
+
+
+def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def in_star(model: nn.Module, loss: Callable[[], Tensor], maps: BlockMaps | None, sweeps: int) -> dict[str, Tensor]:
+    boundaries = Boundaries(list(find_blocks(model).values()))
+    B = ["identity"] * len(boundaries) if maps is None else maps.product()
+    with boundaries.attached(), boundaries.broadcast(B, refinement=Refinement(maps, sweeps=sweeps)):
+        return gradients(model, loss)
+
+
+@pytest.mark.parametrize("coarse", ["identity", "maps"])
+def test_as_many_sweeps_as_boundaries_are_backpropagation(coarse):
+    model = GPT2.model(torch.float64)
+    x = torch.randint(31, (3, 8))
+
+    def loss() -> Tensor:
+        return model(x, labels=x).loss
+
+    expected = gradients(model, loss)
+    maps = learned_maps(2) if coarse == "maps" else None
+    got, more = in_star(model, loss, maps, 2), in_star(model, loss, maps, 5)
+    too_few = in_star(model, loss, maps, 1)
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-12, atol=1e-15)
+        assert torch.equal(more[name], got[name])
+    assert any(not torch.allclose(too_few[name], gradient, rtol=1e-6) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_a_sweep_is_the_formula_in_plain_loops(sweeps):
+    """Five blocks; the deltas are read off the star by a hook at each block's output."""
+    torch.manual_seed(1)
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()).double() for _ in range(5)]
+    model, maps = nn.Sequential(*blocks), learned_maps(4)
+    x, weight = torch.randn(2, 3, WIDTH, **DOUBLE), torch.randn(2, 3, WIDTH, **DOUBLE)
+    seen: dict[int, Tensor] = {}
+    boundaries = Boundaries(blocks)
+
+    def note(index: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            output.register_hook(lambda g: seen.update({index: g}))
+
+        return hook
+
+    handles = [block.register_forward_hook(note(i), prepend=True) for i, block in enumerate(blocks)]
+    with boundaries.attached(), boundaries.broadcast(maps.product(), refinement=Refinement(maps, sweeps=sweeps)):
+        (model(x) * weight).sum().backward()
+    for handle in handles:
+        handle.remove()
+
+    h = [x]
+    for block in blocks:
+        h.append(block(h[-1]).detach())
+
+    def F(i: int, delta: Tensor) -> Tensor:  # transposed Jacobian of block i (from 0)
+        at = h[i].clone().requires_grad_()
+        return torch.autograd.grad(blocks[i](at), at, delta)[0]
+
+    D = [*(weight @ b.mT for b in maps.product()), weight]  # of h_1 .. h_5, e last
+    for _ in range(sweeps):
+        corrected = [*D[:-1], weight]
+        for i in reversed(range(4)):
+            source = maps.G[i]
+            corrected[i] = F(i + 1, D[i + 1]) + (corrected[i + 1] - D[i + 1]) @ source.mT
+        D = corrected
+    assert len(seen) == 5
+    for i, delta in enumerate(D):
+        torch.testing.assert_close(seen[i], delta)
+
+
+def test_maps_learn_from_the_corrected_deltas():
+    """After sweeps delta_l is not G_{l+1} delta_{l+1} any more, which the residual has to take into account."""
+    model, maps = GPT2.model(torch.float64), learned_maps(2)
+    x = torch.randint(31, (3, 8))
+    boundaries = Boundaries(list(find_blocks(model).values()))
+    refinement = Refinement(maps, learn=True, sweeps=2)
+    with boundaries.attached():
+        with boundaries.broadcast(maps.product(), refinement=refinement):
+            model(x, labels=x).loss.backward()
+        with boundaries.record() as forwards:
+            model(x, labels=x).loss.backward()
+    (forward,) = forwards
+    exact = [*(forward.delta[i] for i in range(2)), forward.e]  # two sweeps make all deltas exact
+    for i in range(2):
+        d, v = exact[i + 1].flatten(0, 1), exact[i].flatten(0, 1)
+        torch.testing.assert_close(maps.sums[i].residual, (v - d @ maps.G[i].mT).mT @ d)
+
+
+def test_an_encoder_under_a_decoder_is_swept_too():
+    config = T5Config(
+        vocab_size=31, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = AutoModelForSeq2SeqLM.from_config(config).double()
+    x, labels = torch.randint(1, 31, (3, 8)), torch.randint(1, 31, (3, 5))
+
+    def loss() -> Tensor:
+        return model(input_ids=x, labels=labels).loss
+
+    expected = gradients(model, loss)
+    blocks = list(find_blocks(model).values())
+    encoder, decoder = blocks[:2], blocks[2:]
+    readers = [[encoder[1]], decoder, [decoder[1]]]
+    boundaries = Boundaries(blocks, pooled={0, 1}, readers=readers)
+    probe(model, boundaries, loss)  # notes where a decoder's block finds what the encoder made
+    B = [torch.zeros(WIDTH, WIDTH, **DOUBLE)] * 3
+    with boundaries.attached(), boundaries.broadcast(B, refinement=Refinement(sweeps=3)):
+        got = gradients(model, loss)
+    block = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
+    torch.testing.assert_close(got[block], expected[block], rtol=1e-10, atol=1e-14)
+
+
+def test_activation_checkpointing_changes_nothing():
+    torch.manual_seed(1)
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()).double() for _ in range(4)]
+    x = torch.randn(2, 3, WIDTH, **DOUBLE)
+    boundaries, found = Boundaries(blocks), []
+    for checkpointed in (False, True):
+        model = nn.ModuleList(blocks)
+        with boundaries.attached(), boundaries.broadcast(["identity"] * 3, refinement=Refinement(sweeps=2)):
+
+            def loss(checkpointed: bool = checkpointed) -> Tensor:
+                h = x
+                for block in blocks:
+                    h = checkpoint(block, h, use_reentrant=False) if checkpointed else block(h)
+                return h.square().sum()
+
+            found.append(gradients(model, loss))
+    for name, gradient in found[0].items():
+        assert torch.equal(found[1][name], gradient)
