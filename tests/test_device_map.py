@@ -21,7 +21,8 @@ from grape_hf.core.feedback import Feedback, refit_moments
 from grape_hf.core.jacobian import JacobianSum, Noise, jacobian_terms
 from grape_hf.core.layout import Layout, Pairing
 from grape_hf.core.modes import Forward
-from grape_hf.core.star import Broadcast, Receive, Star, project_error
+from grape_hf.core.nodes import Broadcast, Receive
+from grape_hf.core.star import Star, project_error
 from grape_hf.methods import dkp
 
 DEVICES = ["cuda:0", "cuda:1", "cuda:2"]

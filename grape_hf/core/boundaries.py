@@ -38,18 +38,9 @@ from torch.utils.hooks import RemovableHandle
 from grape_hf.core import nested
 from grape_hf.core.block_hooks import BlockHook, ReaderHook
 from grape_hf.core.blocks import ends
+from grape_hf.core.broadcast import NO_REFINEMENT, BroadcastMode, Keep, Refinement
 from grape_hf.core.layout import AUTO, Layout, Pairing
-from grape_hf.core.modes import (
-    NO_REFINEMENT,
-    BroadcastMode,
-    Forward,
-    Keep,
-    Mode,
-    OutputReached,
-    PerturbMode,
-    RecordMode,
-    Refinement,
-)
+from grape_hf.core.modes import Forward, Mode, OutputReached, PerturbMode, RecordMode
 from grape_hf.core.star import Matrix
 
 if TYPE_CHECKING:

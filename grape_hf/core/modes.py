@@ -2,40 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from grape_hf.core.block_maps import BlockMaps
 from grape_hf.core.graph import graph_of, in_backward
 from grape_hf.core.layout import Pairing
-from grape_hf.core.star import Broadcast, Cut, Exact, Lesson, Matrix, Receive, Star, project_error
+from grape_hf.core.nodes import Exact
 
 if TYPE_CHECKING:
     from grape_hf.core.boundaries import Boundaries
-
-
-Keep = Literal["nothing", "e", "e and deltas", "h and e"]
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """What a star does beside sending B_l e: the maps of blocks learn, and sweeps correct the deltas.
-
-    Args:
-        maps: G_l; in sweeps they are the coarse maps too, which else are identities where sizes allow.
-        learn: whether the maps learn from this step's backward.
-        sweeps: how many.
-    """
-
-    maps: BlockMaps | None = None
-    learn: bool = False
-    sweeps: int = 0
-
-
-NO_REFINEMENT = Refinement()
 
 
 @dataclass
@@ -93,7 +70,7 @@ class Mode:
         raise NotImplementedError
 
 
-class _FollowingMode(Mode):
+class FollowingMode(Mode):
     """A mode that follows the forwards with gradients, of which one loss may have several.
 
     Attributes:
@@ -109,7 +86,7 @@ class _FollowingMode(Mode):
         self._ended = True  # whether no later module can make y
         self._call: Any = None  # of the model, in which the forward under way is
         self._made: list[Any] = []  # the graph's nodes of the last blocks
-        self._scratch: _FollowingMode | None = None
+        self._scratch: FollowingMode | None = None
 
     def begin(self) -> None:
         """Begin a forward."""
@@ -117,7 +94,7 @@ class _FollowingMode(Mode):
         self.forwards.append(Forward(call=self._call))
         self._last, self._ended = -1, False
 
-    def under_way(self) -> "_FollowingMode | None":
+    def under_way(self) -> "FollowingMode | None":
         """Return the mode that acts now: none without gradients, and one to throw away during a recomputation.
 
         Activation checkpointing of a segment of blocks runs them, with their hooks, once more in the backward. What the
@@ -130,7 +107,7 @@ class _FollowingMode(Mode):
         self._scratch = self._scratch or self.recomputation()
         return self._scratch
 
-    def recomputation(self) -> "_FollowingMode":
+    def recomputation(self) -> "FollowingMode":
         """Return a mode that does the same to the graph as this one."""
         return type(self)(self.boundaries)
 
@@ -165,136 +142,7 @@ class _FollowingMode(Mode):
             )
 
 
-class BroadcastMode(_FollowingMode):
-    """Cut the graph at each h_l, and join its arms at y (``Boundaries.broadcast``)."""
-
-    def __init__(
-        self,
-        boundaries: "Boundaries",
-        B: list[Matrix | None],
-        mask: Tensor | None = None,
-        keep: Keep = "nothing",
-        refinement: Refinement = NO_REFINEMENT,
-    ) -> None:
-        super().__init__(boundaries)
-        self.B, self.mask, self.keep, self.refinement = B, mask, keep, refinement
-        self.star = Star()  # of the forward under way
-        self._begun: list[Star] = []
-        self._anchor = torch.zeros((), requires_grad=True)
-        self._shapes: dict[int, torch.Size] = {}
-        # The stand-in of the node made last. Not the star's: its node holds the star, and would not be let go.
-        self.token: Tensor | None = None
-
-    def begin(self) -> None:
-        """Begin a star of its own."""
-        self._end()
-        super().begin()
-        self.star = self._new_star(self.forwards[-1])
-        self._begun.append(self.star)
-
-    def close(self) -> None:
-        """End: let go of what waits for a backward that does not come."""
-        self._end()
-        for star in self._begun:
-            star.forget()
-
-    def _end(self) -> None:
-        """Count the forward under way if its blocks wait for an error that cannot come any more."""
-        self.unheard += self.token is not None and self.star.site is None
-        self.star, self.token = Star(), None
-
-    def _new_star(self, forward: Forward) -> Star:
-        refinement, lesson = self.refinement, None
-        if refinement.learn or self.keep == "e and deltas":
-            maps = refinement.maps if refinement.learn else None
-            lesson = Lesson(maps, refinement.sweeps > 0, forward.sent if self.keep == "e and deltas" else None)
-        return Star(lesson, refinement.sweeps, self._coarse if refinement.sweeps else None)
-
-    def _coarse(self, index: int, above: int, change: Tensor) -> Tensor | None:
-        """Return C_l of the change of the delta above: G_l's, or the same vector where the shapes allow it."""
-        maps, shape = self.refinement.maps, self._shapes[index]
-        if maps is None:
-            return change if change.shape == shape else None
-        if maps.sources[index] != above:
-            return None
-        layout = self.boundaries.layout
-        return layout.restore(maps.apply(index, layout.vectors(change)), shape)
-
-    def recomputation(self) -> "BroadcastMode":
-        """Return a mode that does the same to the graph as this one."""
-        return BroadcastMode(self.boundaries, self.B, refinement=self.refinement)
-
-    def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        """Cut the graph behind h_l; its arm waits for y. Raises RuntimeError if the gradient is lost already."""
-        mode = self.under_way()
-        if mode is None:
-            return h
-        copied = index in self.boundaries.copied
-        pairing = self.boundaries.pairing(index, h, self.mask)
-        if mode is self:
-            self.boundaries.check_size(index, h)
-            forward = self._follow(index + 1)
-            if self.keep == "h and e":
-                forward.h[index] = h.detach().clone() if copied else h.detach()
-                forward.pairings[index] = pairing
-        if self.B[index] is None:
-            return h.clone() if copied else h
-        if h.requires_grad:
-            assert isinstance(mode, BroadcastMode)
-            padding, still = pairing.padding, pairing.padded(None)
-            mode.token = Receive.apply(h, mode.token, self.B[index], mode.star, index, padding, still)
-            cut = mode.cut(index, h, pairing)
-        else:
-            if mode is self and self._last == index:
-                self._check_gradient(index, h, block)
-            cut = h.detach()
-        return cut.clone() if copied else cut
-
-    def cut(self, index: int, h: Tensor, pairing: Pairing) -> Tensor:
-        """Return h_l without the graph of the block that made it; with a graph of its own where v is asked for."""
-        star, B = self.star, self.B[index]
-        if not self.refinement.learn and not self.refinement.sweeps:
-            return h.detach()
-        cut = Cut.apply(h, self._anchor, star.lesson if self.refinement.learn else None, index)
-        if self.refinement.sweeps:
-            assert B is not None
-            self._shapes[index] = h.shape
-            star.arms[index] = h, cut, partial(project_error, B=B, h_shape=h.shape, pairing=pairing)
-        return cut
-
-    @staticmethod
-    def _check_gradient(index: int, h: Tensor, block: nn.Module) -> None:
-        if not h.requires_grad and any(p.requires_grad for p in block.parameters()):
-            raise RuntimeError(
-                f"the output of block {index + 1} ({type(block).__name__}) carries no gradient although the block has "
-                "weights to train. Reentrant activation checkpointing does this: set "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
-            )
-
-    def at_output(self, y: Tensor, site: int) -> Tensor:
-        """Return y, whose backward sends e over the arms that wait."""
-        mode = self.under_way()
-        if mode is None:
-            return y
-        assert isinstance(mode, BroadcastMode)
-        if mode is self and site < len(self.boundaries.blocks):
-            self._check_gradient(site, y, self.boundaries.blocks[site])
-        if mode.token is not None:
-            mode.star.site = site
-            mode.star.y = y if mode.star.arms else None
-            kept = self.forwards[-1].errors if mode is self and self.keep != "nothing" else None
-            y = Broadcast.apply(y, mode.token, mode.star, site, kept)
-        if mode is self and self.forwards:
-            self.forwards[-1].reached, self.forwards[-1].site = True, site
-            if self.keep == "h and e":
-                self.forwards[-1].y = y.detach()
-            if site >= len(self.boundaries):
-                self._ended = True
-                self._made.append(y.grad_fn)
-        return y
-
-
-class RecordMode(_FollowingMode):
+class RecordMode(FollowingMode):
     """Keep h_l and y of an ordinary forward, and what a backward leaves there (``Boundaries.record``)."""
 
     def __init__(self, boundaries: "Boundaries", mask: Tensor | None = None) -> None:

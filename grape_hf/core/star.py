@@ -1,29 +1,27 @@
-r"""The autograd nodes of the star: the error e, put in at y, comes out at each h_l as :math:`\delta_l = B_l e`.
+r"""The star: where the error e of one forward waits for the blocks, and becomes delta_l = B_l e at each h_l.
 
-Two nodes share a ``Star``. ``Broadcast`` stands at y, and its backward puts e in; ``Receive`` stands behind each h_l,
-and its backward takes e out, projected. Between them there is no path but scalars that tell autograd the order: each
-node takes the stand-in of the one made before it. Where the gradient at the input of a block is asked for, a third
-node, ``Cut``, stands before it.
+The nodes that stand in autograd's graph are in ``nodes.py``; this is what they share. Beside the product with B_l there
+are two ways to a better delta, which use the graphs of the blocks before these run their backward:
 
-A **sweep** corrects all deltas at once before they are used (parareal in depth). Every block applies its exact
-transposed Jacobian F_l to the delta that it has, and what that shows is passed down by cheap coarse maps C_l:
+- The **shortcut path** of the very sample (``paths.py``) goes first, and the matrices add their part.
+- A **sweep** corrects all deltas at once (parareal in depth). Every block applies its exact transposed Jacobian F_l to
+  the delta that it has, and what that shows is passed down by cheap coarse maps C_l:
 
-.. math:: \delta'_{l-1} = F_l(\delta_l) + C_l(\delta'_l - \delta_l), \qquad \delta'_L = \delta_L = e.
+  .. math:: \delta'_{l-1} = F_l(\delta_l) + C_l(\delta'_l - \delta_l), \qquad \delta'_L = \delta_L = e.
 
-After n sweeps the n highest deltas are exact, so L - 1 sweeps are backpropagation. Source: METHOD.md; published for
-C = identity as Highway-BP (Fagnou et al., ICLR 2025, arXiv 2501.17086).
+  After n sweeps the n highest deltas are exact, so L - 1 sweeps are backpropagation. Source: METHOD.md; published for
+  C = identity as Highway-BP (Fagnou et al., ICLR 2025, arXiv 2501.17086).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from grape_hf.core.block_maps import BlockMaps, aligned_source
 from grape_hf.core.layout import Pairing
+from grape_hf.core.paths import pull_back
 
 Matrix = Tensor | Literal["identity"]
 
@@ -57,12 +55,12 @@ class Lesson:
 
     Attributes:
         maps: what learns; None where deltas are only kept.
-        explicit: whether G d has to be computed: after sweeps delta_l is no longer the product.
+        follows: whether v comes from the backward of the step; after sweeps it is known before.
         kept: where the deltas of all boundaries are put, to be looked at afterwards; None if nobody will.
     """
 
     maps: BlockMaps | None = None
-    explicit: bool = False
+    follows: bool = True
     kept: dict[int, Tensor] | None = None
     _e: Tensor | None = None
     _deltas: dict[int, tuple[Tensor, Pairing]] = field(default_factory=dict)
@@ -72,37 +70,66 @@ class Lesson:
         """Note the delta of a boundary."""
         if self.kept is not None:
             self.kept[index] = delta
-        if self.maps is not None:
+        if self.maps is not None and self.follows:
             self._e, self._deltas[index] = e, (delta, pairing)
-            self._learn(index)
+            self._both(index)
 
     def arrived(self, index: int, v: Tensor) -> None:
         """Note the gradient at h_l as the block behind it has computed it."""
-        if self.maps is not None:
+        if self.maps is not None and self.follows:
             self._inputs[index] = v
-            self._learn(index)
+            self._both(index)
 
-    def _learn(self, index: int) -> None:
+    def _both(self, index: int) -> None:
         """Learn as soon as both are there: either may come first."""
-        maps = self.maps
-        if maps is None or self._e is None or index not in self._deltas or index not in self._inputs:
+        if self._e is None or index not in self._deltas or index not in self._inputs:
             return
-        delta, pairing = self._deltas[index]
-        vectors = pairing.layout.vectors
-        source = maps.sources[index]
-        v, predicted = vectors(self._inputs.pop(index)), vectors(delta)
-        if source is None:
-            d = aligned_source(self._e, pairing, v.shape[1])
-            if d.shape[1] != v.shape[1]:
-                d = pairing.unpadded(d.expand(-1, v.shape[1], -1))
-        elif source in self._deltas:
-            above, its_pairing = self._deltas.pop(source)
-            d = its_pairing.layout.vectors(above)
-        else:  # the boundary between was left out, or given up
-            return
-        if self.explicit:
-            predicted = pairing.unpadded(maps.apply(index, d.to(v)).expand_as(v))
-        maps.observe(index, v, d, predicted)
+        assert self.maps is not None
+        source = self.maps.sources[index]
+        above = None if source is None else self._deltas.pop(source, None)
+        if source is None or above is not None:  # else the boundary between was left out, or given up
+            self.learn(index, self._inputs[index], *self._deltas[index], above, self._e)
+        del self._inputs[index]
+
+    def learn(
+        self, index: int, v: Tensor, delta: Tensor, pairing: Pairing, above: tuple[Tensor, Pairing] | None, e: Tensor
+    ) -> None:
+        """Have a map learn.
+
+        Args:
+            index: of the boundary.
+            v: gradient at h_l that the block behind it has computed.
+            delta: what the map and the path beside it made of the delta behind that block.
+            pairing: of h_l.
+            above: the delta behind the block, with its pairing; None where the map takes e.
+            e: the error.
+        """
+        assert self.maps is not None
+        vectors = pairing.layout.vectors(v)
+        if above is None:
+            d = aligned_source(e, pairing, vectors.shape[1])
+            if d.shape[1] != vectors.shape[1]:
+                d = pairing.unpadded(d.expand(-1, vectors.shape[1], -1))
+        else:
+            d = above[1].layout.vectors(above[0])
+        self.maps.observe(index, vectors, d, pairing.layout.vectors(delta))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A boundary of one forward, with its graph.
+
+    Attributes:
+        h: h_l as block l made it.
+        cut: what is read in its place.
+        B: the feedback matrix; None if it has no part in the delta.
+        pairing: how positions of h_l and of e go together.
+    """
+
+    h: Tensor
+    cut: Tensor
+    B: Matrix | None
+    pairing: Pairing
 
 
 class Star:
@@ -113,43 +140,41 @@ class Star:
     Args:
         lesson: what is noted meanwhile; nothing by default.
         sweeps: how often the deltas are corrected before they are used.
-        coarse: C_l: a function of the boundary and the difference of two deltas of the boundary behind it, in their
-            shapes, that returns what to add, or None where there is no such map.
+        path: whether the error takes the shortcut path of the very sample (``paths.py``), beside the matrices.
+        maps: the maps of blocks. They, and the path, are the coarse maps C_l of sweeps; without either C_l is the
+            identity where two boundaries have the same shape, and else nothing.
 
     Attributes:
         e: dLoss/dy, in the shape of y; None before the backward gets there.
         site: which node is the one at y. Where blocks are left out at random any of them may be the last that ran.
-        arms: for each boundary h_l with its graph, the cut tensor that is read in its place, and how delta is made.
-            Kept for sweeps alone.
-        y: the output with its graph, kept for sweeps alone.
+        arms: the boundaries, kept for sweeps and paths alone.
+        y: the output with its graph, kept for sweeps and paths alone.
     """
 
     def __init__(
-        self,
-        lesson: Lesson | None = None,
-        sweeps: int = 0,
-        coarse: Callable[[int, int, Tensor], Tensor | None] | None = None,
+        self, lesson: Lesson | None = None, sweeps: int = 0, path: bool = False, maps: BlockMaps | None = None
     ) -> None:
         self.e: Tensor | None = None
         self.site: int | None = None
-        self.lesson, self.sweeps, self.coarse = lesson, sweeps, coarse
-        self.arms: dict[int, tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] = {}
+        self.lesson, self.sweeps, self.path, self.maps = lesson, sweeps, path, maps
+        self.arms: dict[int, Arm] = {}
         self.y: Tensor | None = None
-        self.swept: dict[int, Tensor] = {}
+        self._ready: dict[int, Tensor] = {}
 
     def put(self, e: Tensor) -> None:
-        """Put the error in, and correct the deltas if that is wanted."""
+        """Put the error in, and compute at once the deltas that are more than B_l e."""
         self.e = e
         if self.arms:
-            self.swept = self._sweep(e)
+            deltas = self._down_the_path(e) if self.path else self._by_matrices(e)
+            self._ready = self._sweep(deltas, e)
             self.forget()
 
     def forget(self) -> None:
         """Let go of the graph."""
         self.arms, self.y = {}, None
 
-    def delta(self, index: int, B: Matrix, h_shape: torch.Size, pairing: Pairing) -> Tensor:
-        """Return delta_l: B_l e, or what sweeps have made of it.
+    def delta(self, index: int, B: Matrix | None, h_shape: torch.Size, pairing: Pairing) -> Tensor:
+        """Return delta_l: B_l e, or what paths and sweeps have made of it.
 
         Args:
             index: of the boundary.
@@ -158,131 +183,94 @@ class Star:
             pairing: how positions of h_l and of e go together.
         """
         assert self.e is not None, "the error arrives before any block is reached"
-        delta = self.swept.pop(index, None)
-        delta = project_error(self.e, B, h_shape, pairing) if delta is None else delta
+        delta = self._ready.pop(index, None)
+        if delta is None:
+            assert B is not None
+            delta = project_error(self.e, B, h_shape, pairing)
         if self.lesson is not None:
             self.lesson.sent(index, delta, pairing, self.e)
         return delta
 
-    def _sweep(self, e: Tensor) -> dict[int, Tensor]:
-        """Return the corrected deltas of all boundaries in the shapes of their h_l."""
+    def _by_matrices(self, e: Tensor) -> dict[int, Tensor]:
+        """Return B_l e of all boundaries in the shapes of their h_l."""
+        return {index: part for index, arm in self.arms.items() if (part := _matrix_part(arm, e)) is not None}
+
+    def _down_the_path(self, e: Tensor) -> dict[int, Tensor]:
+        """Return delta_{l-1} = S_l delta_l + G_l delta_l from the top down, or S_l delta_l + B_{l-1} e without maps."""
+        deltas: dict[int, Tensor] = {}
+        above: int | None = None
+        for index in sorted(self.arms, reverse=True):
+            arm = self.arms[index]
+            parts = [self._pull(index, above, e if above is None else deltas[above])]
+            if self.maps is None or self.maps.sources[index] is None:
+                parts.append(_matrix_part(arm, e))
+            elif above is not None and self.maps.sources[index] == above:
+                parts.append(self._by_map(index, deltas[above]))
+            there = [part for part in parts if part is not None]
+            deltas[index] = sum(there[1:], there[0]) if there else torch.zeros_like(arm.h)
+            above = index
+        return deltas
+
+    def _sweep(self, deltas: dict[int, Tensor], e: Tensor) -> dict[int, Tensor]:
+        """Return the corrected deltas."""
         assert self.y is not None
         indices = sorted(self.arms)
-        deltas = {index: make(e).to(h.device, h.dtype) for index, (h, _, make) in self.arms.items()}
         for number in range(min(self.sweeps, len(indices))):
             below = indices[: len(indices) - number]  # those above are exact by now
             # The arms are cut from each other, so each input gets what its own block sends it.
-            outputs = [self.arms[index][0] for index in indices[1:]] + [self.y]
-            errors = [deltas[index] for index in indices[1:]] + [e.to(self.y.dtype)]
-            inputs = [self.arms[index][1] for index in below]
+            outputs = [self.arms[index].h for index in indices[1:]] + [self.y]
+            errors = [deltas[index].to(self.arms[index].h) for index in indices[1:]] + [e.to(self.y.dtype)]
+            inputs = [self.arms[index].cut for index in below]
             exact = torch.autograd.grad(outputs, inputs, errors, retain_graph=True, allow_unused=True)
             corrected = dict(deltas)
-            for index, v in reversed(list(zip(below, exact, strict=True))):
+            for place, v in reversed(list(enumerate(exact))):
+                index, above = below[place], indices[place + 1] if place + 1 < len(indices) else None
                 if v is None:  # the block behind it was left out
                     continue
-                above = index + 1
+                if number == 0:
+                    self._learn(index, above, v, deltas, e)
                 change = None
-                if above in corrected and self.coarse is not None and corrected[above] is not deltas[above]:
-                    change = self.coarse(index, above, corrected[above] - deltas[above].to(corrected[above].device))
-                corrected[index] = v if change is None else v + change.to(v.device, v.dtype)
+                if above is not None and corrected[above] is not deltas[above]:
+                    change = self._coarse(index, above, corrected[above] - deltas[above].to(corrected[above]))
+                corrected[index] = v if change is None else v + change.to(v)
             deltas = corrected
         return deltas
 
+    def _learn(self, index: int, above: int | None, v: Tensor, deltas: dict[int, Tensor], e: Tensor) -> None:
+        """Have a map learn from the deltas before they were corrected, which are what the maps have made."""
+        if self.lesson is None or self.lesson.maps is None:
+            return
+        source = self.lesson.maps.sources[index]
+        if source is None:
+            self.lesson.learn(index, v, deltas[index], self.arms[index].pairing, None, e)
+        elif source == above:
+            behind = deltas[source], self.arms[source].pairing
+            self.lesson.learn(index, v, deltas[index], self.arms[index].pairing, behind, e)
 
-class Receive(torch.autograd.Function):
-    """Stand between h_l and the error: backward turns e into delta_l, when block l's turn comes and not before.
+    def _coarse(self, index: int, above: int, change: Tensor) -> Tensor | None:
+        """Return C_l of the change of the delta above."""
+        if self.maps is None and not self.path:
+            return change if change.shape == self.arms[index].h.shape else None
+        parts = [self._pull(index, above, change) if self.path else None]
+        if self.maps is not None and self.maps.sources[index] == above:
+            parts.append(self._by_map(index, change))
+        there = [part for part in parts if part is not None]
+        return sum(there[1:], there[0]) if there else None
 
-    Forward returns a scalar stand-in, by which the next node knows this one. As the node is made right after block l,
-    autograd runs it right before block l's backward: one delta_l at a time is in memory, whatever the depth.
-    """
+    def _pull(self, index: int, above: int | None, delta: Tensor) -> Tensor | None:
+        """Return S_l delta for the delta of the boundary above, or of y."""
+        output = self.y if above is None else self.arms[above].h
+        assert output is not None
+        return pull_back(output, self.arms[index].cut, delta)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        h: Tensor,
-        token: Tensor | None,
-        B: Matrix,
-        star: Star,
-        index: int,
-        padding: Tensor | None,
-        pairing: Pairing,
-    ) -> Tensor:
-        """Return the stand-in."""
-        ctx.B, ctx.star, ctx.index, ctx.padding, ctx.pairing = B, star, index, padding, pairing
-        ctx.h_shape, ctx.dtype, ctx.device = h.shape, h.dtype, h.device
-        ctx.before = None if token is None else (token.dtype, token.device)
-        return h.new_zeros(())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Return delta_l."""
-        delta = ctx.star.delta(ctx.index, ctx.B, ctx.h_shape, ctx.pairing.padded(ctx.padding))
-        return delta.to(ctx.device, ctx.dtype), _zero(ctx.before), None, None, None, None, None
-
-
-class Cut(torch.autograd.Function):
-    """Identity on h_l, detached from the block that made it; backward notes v, the gradient that the next one sends.
-
-    ``anchor`` is any tensor that requires a gradient, and gets none: for its sake the backward comes as far as here.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, anchor: Tensor, lesson: Lesson | None, index: int) -> Tensor:
-        """Return h."""
-        ctx.lesson, ctx.index = lesson, index
-        return h.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, v: Tensor) -> tuple[None, ...]:
-        """Note v, and hand nothing on."""
-        if ctx.lesson is not None:
-            ctx.lesson.arrived(ctx.index, v)
-        return None, None, None, None
+    def _by_map(self, index: int, delta: Tensor) -> Tensor:
+        """Return G_l delta."""
+        assert self.maps is not None
+        arm = self.arms[index]
+        layout = arm.pairing.layout
+        return layout.restore(self.maps.apply(index, layout.vectors(delta)), arm.h.shape).to(arm.h)
 
 
-class Broadcast(torch.autograd.Function):
-    """Identity on y; backward hands the error e to y's own graph and, by the star, to every ``Receive`` node."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, token: Tensor, star: Star, site: int, kept: dict[int, Tensor] | None = None
-    ) -> Tensor:
-        """Return y."""
-        ctx.star, ctx.site, ctx.kept, ctx.before = star, site, kept, (token.dtype, token.device)
-        # Not a view: FSDP2 warns of views, whose pre-backward hook an in-place operation would drop.
-        return y.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
-        """Return e for y, and zero for the stand-in."""
-        if ctx.site == ctx.star.site:
-            if ctx.kept is not None:
-                ctx.kept[ctx.site] = e
-            ctx.star.put(e)
-        return e, _zero(ctx.before), None, None, None
-
-
-class Exact(torch.autograd.Function):
-    """Identity on h_l or y in an ordinary graph; backward keeps what came from behind: the exact delta_l, or e.
-
-    What reads h_l elsewhere (an auxiliary head) is not in it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, kept: dict[int, Tensor], index: int) -> Tensor:
-        """Return h."""
-        ctx.kept, ctx.index = kept, index
-        return h.detach()
-
-    @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:
-        """Keep the gradient, and hand it on."""
-        ctx.kept[ctx.index] = delta.detach()
-        return delta, None, None
-
-
-def _zero(like: tuple[torch.dtype, torch.device] | None) -> Tensor | None:
-    return None if like is None else torch.zeros((), dtype=like[0], device=like[1])
+def _matrix_part(arm: Arm, e: Tensor) -> Tensor | None:
+    """Return B_l e in the shape of h_l; None if the matrix has no part."""
+    return None if arm.B is None else project_error(e, arm.B, arm.h.shape, arm.pairing).to(arm.h)

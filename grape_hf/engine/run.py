@@ -23,12 +23,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from grape_hf.core.alignment import delta_alignment, delta_products, feedback_alignment, replayed_alignment, size_ratio
 from grape_hf.core.boundaries import OutputNotReachedError, ReadAt
+from grape_hf.core.broadcast import Keep, Refinement
 from grape_hf.core.calls import Calls, ModelCall, NoCallError
 from grape_hf.core.feedback import Feedback, refit_moments
 from grape_hf.core.finite import FiniteGuard
 from grape_hf.core.isolation import forget_compiled_code, isolated
 from grape_hf.core.jacobian import JacobianSum, Noise, jacobian_terms
-from grape_hf.core.modes import Forward, Keep, OutputReached, Refinement
+from grape_hf.core.modes import Forward, OutputReached
 from grape_hf.core.star import Matrix
 from grape_hf.core.tangents import ForwardModeError, JvpMode
 from grape_hf.engine.calibration import CalibrationSchedule

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from grape_hf.core.block_maps import BlockMaps, map_sources
 from grape_hf.core.blocks import find_blocks
 from grape_hf.core.boundaries import Boundaries
-from grape_hf.core.modes import Refinement
+from grape_hf.core.broadcast import Refinement
 
 DOUBLE = {"dtype": torch.float64}
 

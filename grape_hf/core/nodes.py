@@ -1,0 +1,115 @@
+r"""The autograd nodes of the star: the error e, put in at y, comes out at each h_l as delta_l.
+
+Two nodes share a ``Star``. ``Broadcast`` stands at y, and its backward puts e in; ``Receive`` stands behind each h_l,
+and its backward takes e out, projected. Between them there is no path but scalars that tell autograd the order: each
+node takes the stand-in of the one made before it. Where the gradient at the input of a block is asked for, a third
+node, ``Cut``, stands before it. ``Exact`` belongs to ordinary backpropagation, and listens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grape_hf.core.layout import Pairing
+from grape_hf.core.star import Lesson, Matrix, Star
+
+
+class Receive(torch.autograd.Function):
+    """Stand between h_l and the error: backward turns e into delta_l, when block l's turn comes and not before.
+
+    Forward returns a scalar stand-in, by which the next node knows this one. As the node is made right after block l,
+    autograd runs it right before block l's backward: one delta_l at a time is in memory, whatever the depth.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        token: Tensor | None,
+        B: Matrix | None,
+        star: Star,
+        index: int,
+        padding: Tensor | None,
+        pairing: Pairing,
+    ) -> Tensor:
+        """Return the stand-in."""
+        ctx.B, ctx.star, ctx.index, ctx.padding, ctx.pairing = B, star, index, padding, pairing
+        ctx.h_shape, ctx.dtype, ctx.device = h.shape, h.dtype, h.device
+        ctx.before = None if token is None else (token.dtype, token.device)
+        return h.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Return delta_l."""
+        delta = ctx.star.delta(ctx.index, ctx.B, ctx.h_shape, ctx.pairing.padded(ctx.padding))
+        return delta.to(ctx.device, ctx.dtype), _zero(ctx.before), None, None, None, None, None
+
+
+class Cut(torch.autograd.Function):
+    """Identity on h_l, detached from the block that made it; backward notes v, the gradient that the next one sends.
+
+    ``anchor`` is any tensor that requires a gradient, and gets none: for its sake the backward comes as far as here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, anchor: Tensor, lesson: Lesson | None, index: int) -> Tensor:
+        """Return h."""
+        ctx.lesson, ctx.index = lesson, index
+        return h.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor) -> tuple[None, ...]:
+        """Note v, and hand nothing on."""
+        if ctx.lesson is not None:
+            ctx.lesson.arrived(ctx.index, v)
+        return None, None, None, None
+
+
+class Broadcast(torch.autograd.Function):
+    """Identity on y; backward hands the error e to y's own graph and, by the star, to every ``Receive`` node."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, token: Tensor, star: Star, site: int, kept: dict[int, Tensor] | None = None
+    ) -> Tensor:
+        """Return y."""
+        ctx.star, ctx.site, ctx.kept, ctx.before = star, site, kept, (token.dtype, token.device)
+        # Not a view: FSDP2 warns of views, whose pre-backward hook an in-place operation would drop.
+        return y.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
+        """Return e for y, and zero for the stand-in."""
+        if ctx.site == ctx.star.site:
+            if ctx.kept is not None:
+                ctx.kept[ctx.site] = e
+            ctx.star.put(e)
+        return e, _zero(ctx.before), None, None, None
+
+
+class Exact(torch.autograd.Function):
+    """Identity on h_l or y in an ordinary graph; backward keeps what came from behind: the exact delta_l, or e.
+
+    What reads h_l elsewhere (an auxiliary head) is not in it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, kept: dict[int, Tensor], index: int) -> Tensor:
+        """Return h."""
+        ctx.kept, ctx.index = kept, index
+        return h.detach()
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:
+        """Keep the gradient, and hand it on."""
+        ctx.kept[ctx.index] = delta.detach()
+        return delta, None, None
+
+
+def _zero(like: tuple[torch.dtype, torch.device] | None) -> Tensor | None:
+    return None if like is None else torch.zeros((), dtype=like[0], device=like[1])
