@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from transformers.modelcard import (
     make_markdown_table,
 )
 
-import grape_hf
 from grape_hf.reports.card_texts import METHOD_TEXTS
 from grape_hf.reports.markdown import cell, code, is_finite, is_hub_id, label, link, listed, number, one_line, section
 from grape_hf.reports.run_records import (
@@ -354,5 +354,5 @@ def _hyperparameters(record: RunRecord) -> str:
 def _versions(text: str) -> str:
     """Take the versions from the card in the folder: they are those of the training, wherever it is rendered now."""
     lines = section(text, "### Framework versions").splitlines()
-    ours = [line for line in lines if line.startswith("- grape_hf ")] or [f"- grape_hf {grape_hf.__version__}"]
+    ours = [line for line in lines if line.startswith("- grape_hf ")] or [f"- grape_hf {version('grape_hf')}"]
     return "\n".join(ours + [line for line in lines if line.startswith("- ") and line not in ours])
