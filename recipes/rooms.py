@@ -42,6 +42,12 @@ def imports() -> list[Import]:
     return list(dict.fromkeys(found))
 
 
+def imported_by(importer: str) -> set[str]:
+    """Return the other rooms from which a room imports anything."""
+    pairs = [(room(found.importer), room(found.imported)) for found in imports()]
+    return {imported for by, imported in pairs if by == importer != imported}
+
+
 def _walk(node: ast.AST, typing: bool = False) -> Iterator[tuple[ast.AST, bool]]:
     for child in ast.iter_child_nodes(node):
         yield child, typing
