@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "trainer": TRAINER,
     "grape_hf": {"trainer", "training_args"},
     **dict.fromkeys(DATA, DATA),
-    "cli": TRAINER | DATA | {"grape_hf", "cli"},
+    "recipes": TRAINER | DATA | {"grape_hf", "recipes"},
+    "cli": TRAINER | DATA | {"grape_hf", "recipes", "cli"},
 }
 # To go: `dkp` is to be a rule of its own, which the run is given.
 NOT_YET = {("grape_hf.engine.run", "grape_hf.methods.dkp")}
