@@ -249,7 +249,3 @@ class _Parser(argparse.ArgumentParser):
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str, **kwargs: Any) -> None:
         super().__init__(prog, max_help_position=32, width=110, **kwargs)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,7 +24,7 @@ import yaml
 import grape_hf
 from grape_hf.recipes.cells import Cells, end_of_output, run_recipe
 from grape_hf.reports.cards import write_card
-from grape_hf.reports.run_records import figures
+from grape_hf.reports.figures import figures
 
 PACKAGE = Path(grape_hf.__file__).parents[1]
 METHODS = ("bp", "dfa", "grape")
