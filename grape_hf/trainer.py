@@ -3,39 +3,37 @@
 A step is a GrAPE step or a calibration step, decided once per optimiser step. Either way the stock ``training_step``
 does the work; what differs is the mode that the hooks on the model's blocks are in meanwhile. Beside that, an estimate
 of the Jacobians is made on part of the batch now and then. What a step does is told in ``run.py``; here is what the
-Trainer has to say to it: which step, which samples, where checkpoints lie.
+Trainer has to say to it: which step, which samples, which options. Checkpoints, cards and refusals are inherited or
+called from elsewhere.
 """
 
 import logging
-import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.trainer_utils import has_length
 
 from grape_hf.core.calls import NoCallError
-from grape_hf.engine.checkpoints import checkpoint_to_resume, complete_save
-from grape_hf.engine.parallelism import refuse_parallelism
-from grape_hf.engine.pushes import PushMixin
+from grape_hf.engine.checkpoints import CheckpointMixin
 from grape_hf.engine.ranks import Ranks
-from grape_hf.engine.run import FEEDBACK_NAME, STATE_NAME, GrapeRun, calibration_schedule
+from grape_hf.engine.refusals import refuse_search, refuse_settings
+from grape_hf.engine.run import GrapeRun, calibration_schedule
 from grape_hf.methods import make_baseline
 from grape_hf.methods.base import Baseline, MicroBatch
+from grape_hf.reports.card_mixin import CardMixin
 from grape_hf.reports.log_names import log_names
 from grape_hf.reports.progress import ProgressFigures
-from grape_hf.training_args import BASELINES, METHOD_OPTIONS, options_of
+from grape_hf.training_args import options_of
 
 logger = logging.getLogger(__name__)
 
 
-class GrapeMixin(PushMixin):
+class GrapeMixin(CardMixin, CheckpointMixin):
     """GrAPE for any ``Trainer`` subclass: ``class MyTrainer(GrapeMixin, SFTTrainer)``.
 
     The arguments may be of any kind; where they carry no GrAPE options (``GrapeArgumentsMixin``) the defaults hold.
@@ -50,15 +48,13 @@ class GrapeMixin(PushMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._run: GrapeRun | None = None
-        self._resumed_from: Path | None = None
         self._steps_per_epoch: int | None = None
         self._baseline: Baseline | None = None
         self._micro_batch = (-1, 0)  # optimiser step, number within it
         self._blocks_alone = False  # whether the loss calls the blocks one by one, and so has to be computed again
-        self._card_arguments: dict[str, Any] = {}
         self.grape_options = options_of(self.args)
+        refuse_settings(self, self.grape_options)
         if self.grape_options.method != "bp":
-            self._refuse_settings()
             run = self._new_run()  # refuses now what it can
             if run is not None and run.single_block:
                 logger.warning(
@@ -135,18 +131,6 @@ class GrapeMixin(PushMixin):
         restartable = bool(getattr(self.args, "enable_jit_checkpoint", False))
         return None if self._baseline else GrapeRun(self.model, self.grape_options, self.args.seed, ranks, restartable)
 
-    def _resume(self, run: GrapeRun) -> None:
-        """Read what the checkpoint says that this training resumes from."""
-        if self._resumed_from is None:
-            return
-        if any((self._resumed_from / name).exists() for name in (FEEDBACK_NAME, STATE_NAME)):
-            run.load(self._resumed_from)
-        else:
-            logger.warning(
-                f"GrAPE: no feedback matrices in {self._resumed_from}, which is of a stock Trainer, of another method "
-                "or holds the model only. B_l and the calibration schedule start afresh."
-            )
-
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Entered once per train(), and again by auto_find_batch_size: each time a fresh run, with the options that the
         # arguments hold now (a hyperparameter search changes them).
@@ -177,167 +161,15 @@ class GrapeMixin(PushMixin):
             logs.update(log_names(self._run.read_metrics()))
         super().log(logs, *args, **kwargs)
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; with ``resume_from_checkpoint=True`` from the last complete checkpoint (``checkpoints.py``)."""
-        return super().train(checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        discard = bool(self.args.save_total_limit)
-        with complete_save(folder, self.state, discard) if self.args.should_save else nullcontext():
-            super()._save_checkpoint(model, trial, *args, **kwargs)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The last file of every rank but the first: then the first may declare the checkpoint complete.
-        self.accelerator.wait_for_everyone()
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-        *,
-        bp_results: Mapping[str, float] | str | Path | None = None,
-        **others: Any,
-    ) -> None:
-        """Write the model card, ``README.md`` in the output folder.
-
-        With ``method="bp"``, and where this Trainer has not trained but, say, only evaluated, it is the stock one.
-
-        What is given here holds for later cards of this Trainer too: ``push_to_hub`` and each checkpoint that is pushed
-        write one.
-
-        Args:
-            language: as for the stock Trainer, like all that follow.
-            license: of the model.
-            tags: tags beside the method's.
-            model_name: name of the model.
-            finetuned_from: model that this one began with.
-            tasks: what the model is for, in the Hub's words.
-            dataset_tags: data sets on the Hub.
-            dataset: their names in plain words.
-            dataset_args: their configurations.
-            bp_results: figures of the same training by the stock Trainer, to stand beside the run's: what its
-                ``evaluate()`` returned, or the folder of that run.
-            **others: arguments of other Trainers' cards.
-        """
-        given = dict(
-            language=language,
-            license=license,
-            tags=[tags] if isinstance(tags, str) else tags,
-            model_name=model_name,
-            finetuned_from=finetuned_from,
-            tasks=tasks,
-            dataset_tags=dataset_tags,
-            dataset=dataset,
-            dataset_args=dataset_args,
-            **others,
-        )
-        given = {name: value for name, value in given.items() if value is not None}
-        if self.grape_options.method == "bp":
-            super().create_model_card(**given)
-            return
-        from grape_hf.reports.cards import render_card  # only here: it takes in much that training does not need
-        from grape_hf.reports.run_records import record_of
-
-        self._card_arguments |= given | ({} if bp_results is None else {"bp_results": bp_results})
-        named = dict(self._card_arguments)
-        compared = named.pop("bp_results", None)
-        # A copy of the tags: the stock card puts its own into the list.
-        super().create_model_card(**named | ({"tags": list(named["tags"])} if "tags" in named else {}))
-        if self.state.global_step and self.is_world_process_zero():
-            render_card(record_of(self, named), compared).save(Path(self.args.output_dir) / "README.md")
-
-    def _write_card_to_push(self) -> None:
-        # Of a model without a configuration the stock Trainer makes no card, and uploads it without.
-        if self.grape_options.method != "bp" and hasattr(self.model, "config"):
-            hub_name = (self.args.hub_model_id or "").split("/")[-1]  # as push_to_hub names it
-            self.create_model_card(model_name=self._card_arguments.get("model_name") or hub_name or None)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if not self.args.should_save or self.grape_options.method in ("bp", *BASELINES):
-            return
-        if self._run is not None and self._run.started:
-            self._run.save(Path(output_dir), finished=self.state.global_step != self._run.current_step)
-        elif self._resumed_from is not None and self._resumed_from.resolve() != Path(output_dir).resolve():
-            # On SIGTERM, before the first step: what the run resumed from is what it has.
-            for name in (FEEDBACK_NAME, STATE_NAME):
-                if (self._resumed_from / name).exists():
-                    shutil.copy(self._resumed_from / name, output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        # The matrices are read when their shapes are known, at the first step.
-        self._resumed_from = None if checkpoint is None else Path(checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        # B_l belongs to the weights beside which it was learned. With save_only_model there is none in a checkpoint.
-        folder = Path(self.state.best_model_checkpoint or "")
-        if self._run is not None and self._run.started and (folder / FEEDBACK_NAME).exists():
-            self._run.load_feedback(folder)
-
     def _hp_search_setup(self, trial: Any) -> None:
         """Take over a trial's values, GrAPE's options among them, and refuse what a new Trainer would refuse."""
         before = options_of(self.args)
         super()._hp_search_setup(trial)
         if trial is None:
             return
-        self.grape_options = options = options_of(self.args)
-        # Other methods differ in no option but `method` itself.
-        implying = METHOD_OPTIONS.keys() & {before.method, options.method}
-        for name, cannot in {"grape_preset": True, "method": bool(implying)}.items():
-            if cannot and getattr(options, name) != getattr(before, name):
-                raise ValueError(
-                    f"a hyperparameter search cannot change {name} from {getattr(before, name)!r} to "
-                    f"{getattr(options, name)!r}: the options that these stand for were filled in when the arguments "
-                    "were made. Search over those options, or make a search for each value."
-                )
-        if options.method != "bp":
-            self._refuse_settings()
-
-    def _refuse_settings(self) -> None:
-        method = self.grape_options.method
-        if method in BASELINES:
-            self._refuse_with_baseline()
-        if self.args.fp16 and method in ("dkp", "pepita"):
-            raise ValueError(f"fp16 scales the loss, and method={method!r} needs the error as it is. Use bf16 or fp32.")
-        if getattr(self.model, "is_quantized", False):
-            raise ValueError(
-                f"{type(self.model).__name__} is quantised: its products have no forward-mode derivative, and finite "
-                "differences are below their resolution. Load the base unquantised (adapters go with bf16=True), or "
-                'use method="bp".'
-            )
-        refuse_parallelism(self, self.grape_options)
-        checkpointing = getattr(self.args, "gradient_checkpointing_kwargs", None) or {}  # by the new name the same
-        # The Trainer takes the first two for itself; of what else is said, reentrant is torch's default.
-        if checkpointing.keys() - {"every_n_layers", "offload"} and checkpointing.get("use_reentrant") is not False:
-            raise ValueError(
-                f"gradient_checkpointing_kwargs={checkpointing}: use_reentrant, which torch takes to be True where it "
-                "is not given, cuts the gradients of blocks whose inputs need none, as all inputs of blocks do here. "
-                'Say {"use_reentrant": False}, which is the default where nothing is said.'
-            )
-
-    def _refuse_with_baseline(self) -> None:
-        method = self.grape_options.method
-        checkpointing = any(getattr(self.args, f"{kind}_checkpointing", False) for kind in ("gradient", "activation"))
-        refused = {
-            "several processes": self.accelerator.num_processes > 1,
-            "torch_compile": self.args.torch_compile,
-            "activation checkpointing": checkpointing,
-            "bf16, whose resolution the difference of two passes needs": method == "pepita" and self.args.bf16,
-        }
-        if any(refused.values()):
-            found = ", ".join(name for name, is_set in refused.items() if is_set)
-            raise ValueError(f"method={method!r} is a baseline for small studies and does not go with {found}.")
+        self.grape_options = options_of(self.args)
+        refuse_search(before, self.grape_options)
+        refuse_settings(self, self.grape_options)
 
 
 class GrapeTrainer(GrapeMixin, Trainer):

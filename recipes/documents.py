@@ -1,9 +1,9 @@
-"""Write what the documents take from elsewhere: options and architectures in docs/, the tests in CONTRIBUTING.md.
+"""Write what the documents take from elsewhere: options and architectures in docs/, rooms and tests in CONTRIBUTING.md.
 
     python recipes/documents.py            # tests/test_documents.py fails while one of them is out of date
 
 Each stands between two lines that mark its place. What a table says of an option is its help text up to the first stop,
-colon, semicolon or bracket; what the list says of a test file is the first paragraph of its docstring.
+colon, semicolon or bracket; what a list says of a room or a test file is the first paragraph of its docstring.
 """
 
 import ast
@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import rooms
 
 from grape_hf.training_args import PRESETS, GrapeArgumentsMixin
 
@@ -63,21 +65,49 @@ def architectures_table() -> str:
     return "\n".join(f"| {' | '.join(row[i] for i in kept if i < len(row))} |" for row in rows)
 
 
+def rooms_diagram() -> str:
+    """Draw which room imports which, in Mermaid, and say of each what it is.
+
+    An arrow that others imply is left out: the picture is of the order, tests/test_layers.py knows every import.
+    """
+    files = {rooms.room(name): file for name, file in rooms.modules().items() if name.count(".") < 2}
+    direct = {room: rooms.imported_by(room) for room in sorted(files)}
+    below = {room: _reached(room, direct) for room in direct}
+    lines = ["```mermaid", "flowchart TD"]
+    for room, others in direct.items():
+        implied = {to for middle in others for to in below[middle] if room not in below[middle]}
+        lines += [f"    {room} --> {to}" for to in sorted(others - implied)]
+    return "\n".join([*lines, "```", "", *(f"- `{room}`: {_about(files[room])}" for room in direct)])
+
+
 def tests_list() -> str:
     """Make the list of test files and what each is about."""
-    lines = []
-    for path in sorted((ROOT / "tests").rglob("*.py"), key=lambda p: (len(p.parts), p)):
-        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        first_paragraph = " ".join(about.split("\n\n")[0].split())
-        lines.append(f"- `{path.relative_to(ROOT / 'tests')}`: {first_paragraph}")
-    return "\n".join(lines)
+    files = sorted((ROOT / "tests").rglob("*.py"), key=lambda p: (len(p.parts), p))
+    return "\n".join(f"- `{path.relative_to(ROOT / 'tests')}`: {_about(path)}" for path in files)
 
 
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/options.md", "options"): options_table,
     ("docs/architectures.md", "architectures"): architectures_table,
+    ("CONTRIBUTING.md", "rooms"): rooms_diagram,
     ("CONTRIBUTING.md", "tests"): tests_list,
 }
+
+
+def _reached(room: str, direct: dict[str, set[str]]) -> set[str]:
+    """Return the rooms that one imports, directly or through others."""
+    found: set[str] = set()
+    ahead = set(direct[room])
+    while ahead:
+        found |= ahead
+        ahead = {to for middle in ahead for to in direct[middle]} - found
+    return found
+
+
+def _about(path: Path) -> str:
+    """Return the first paragraph of a module's docstring, in one line."""
+    about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(about.split("\n\n")[0].split())
 
 
 def _values(hint: Any) -> str:

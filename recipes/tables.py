@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cells import Cells, end_of_output, run_recipe
 from tables_report import learning_rates, write_report
+
+from grape_hf.recipes.cells import Cells, end_of_output, run_recipe
 
 TOP = Path(__file__).resolve().parents[1]
 SCRATCH = TOP / "outputs" / "tables"

@@ -143,7 +143,7 @@ def test_it_is_known_what_a_field_does(field):
     assert known(field), (
         f"TrainingArguments has a field {field!r} that nobody has looked at. See what it does in the Trainer, and "
         "whether GrapeTrainer keeps it; then give it a setting in tests/test_training_features.py (SETTINGS), or a "
-        "test that TESTED names, or refuse it in GrapeMixin._refuse_settings and name it in REFUSED, or say in "
+        "test that TESTED names, or refuse it in grape_hf/engine/refusals.py and name it in REFUSED, or say in "
         "NO_BEARING why it does not matter."
     )
     reasons = [reason for reason in known(field) if reason.startswith("no bearing")]

@@ -27,7 +27,7 @@ QUIET = ["--disable_tqdm", "true", "--use_cpu", "true"]
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    return importlib.import_module("image_classification")
+    return importlib.import_module("grape_hf.recipes.image_classification")
 
 
 def results(run: Path) -> dict[str, Any]:

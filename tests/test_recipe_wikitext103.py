@@ -217,7 +217,7 @@ def test_bad_input_ends_in_its_message(name: str, refusals: dict[str, tuple[int,
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    return importlib.import_module("wikitext103")
+    return importlib.import_module("grape_hf.recipes.wikitext103")
 
 
 class TestLoadModel:

@@ -22,7 +22,8 @@ from transformers import (
 
 from grape_hf.core.blocks import find_blocks, find_head
 from grape_hf.vision import image_classifier, loading_note
-from grape_hf.vision.networks import TAG, CifarResNet, default_cfgs
+from grape_hf.vision.convnets import CifarResNet
+from grape_hf.vision.networks import TAG, default_cfgs
 
 # Blocks; parameters for 10 classes. ResNets: He et al. 2016, table 6, 0.27 and 0.85 million, which is 269,722 and
 # 853,018 with option A, and 16 * 32 + 32 * 64 + 4 * (32 + 64) / 2 = 2,752 more with option B. VGG-16-BN for CIFAR: 14.7

@@ -157,8 +157,8 @@ def inspect(options: argparse.Namespace, _: Sequence[str]) -> None:
     from grape_hf import GrapeArgumentsMixin
     from grape_hf.cli.inspection import inspect_model
     from grape_hf.cli.models import maker
-    from grape_hf.cli.parsing import parse_overrides
     from grape_hf.cli.report import describe
+    from grape_hf.recipes.parsing import parse_overrides
 
     logging.basicConfig(level="WARNING", format="%(message)s")
     names = [field.name for field in dataclasses.fields(GrapeArgumentsMixin)]
@@ -183,12 +183,13 @@ def train(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def compare(options: argparse.Namespace, _: Sequence[str]) -> None:
     """Run a recipe with several methods."""
     from grape_hf.cli import recipes
+    from grape_hf.recipes import compare as comparison
 
     config = recipes.find_config(options.config)
-    script = recipes.recipes_folder() / f"{recipes.RECIPES[options.recipe or recipes.recipe_of(config)]}.py"
-    module = recipes.load("compare")
+    recipe = recipes.RECIPES[options.recipe or recipes.recipe_of(config)]
     output = options.output or Path("outputs") / "compare" / config.stem
-    module.compare(config, script, output, options.methods, options.seeds, module.parse_rates(options.learning_rates))
+    rates = comparison.parse_rates(options.learning_rates)
+    comparison.compare(config, recipe, output, options.methods, options.seeds, rates)
 
 
 def plot(options: argparse.Namespace, _: Sequence[str]) -> None:
@@ -248,7 +249,3 @@ class _Parser(argparse.ArgumentParser):
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str, **kwargs: Any) -> None:
         super().__init__(prog, max_help_position=32, width=110, **kwargs)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,9 @@
-"""The recipes for ``grape-hf train`` and ``compare``: where they are, and which one a file of options is for."""
+"""The recipes for ``grape-hf train`` and ``compare``: which files of options there are, and which recipe one is for."""
 
 import dataclasses
 import importlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
@@ -13,11 +11,11 @@ import yaml
 import grape_hf
 from grape_hf import GrapeTrainingArguments
 
-RECIPES = {"text": "wikitext103", "images": "image_classification"}
+RECIPES = {"text": "grape_hf.recipes.wikitext103", "images": "grape_hf.recipes.image_classification"}
 
 
-def recipes_folder() -> Path:
-    """Find the recipes: a wheel carries them in the package, a checkout beside it.
+def configs_folder() -> Path:
+    """Find the files of options: a wheel carries them in the package, a checkout beside it.
 
     Raises:
         FileNotFoundError: if they are in neither place.
@@ -25,19 +23,11 @@ def recipes_folder() -> Path:
     package = Path(grape_hf.__file__).parent
     candidates = [folder / "recipes" for folder in (package, package.parent)]
     for folder in candidates:
-        if (folder / "wikitext103.py").is_file():
+        if (folder / "wikitext103.yaml").is_file():
             return folder
     raise FileNotFoundError(
-        f"the recipes are missing: expected {' or '.join(map(str, candidates))}. Install the package again."
+        f"the files of options are missing: expected {' or '.join(map(str, candidates))}. Install the package again."
     )
-
-
-def load(module: str) -> ModuleType:
-    """Import a module out of the recipes' folder, which they expect to be on the path."""
-    folder = str(recipes_folder())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module(module)
 
 
 def find_config(name: str) -> Path:
@@ -46,7 +36,7 @@ def find_config(name: str) -> Path:
     Raises:
         FileNotFoundError: if there is neither.
     """
-    path, shipped = Path(name), recipes_folder() / name
+    path, shipped = Path(name), configs_folder() / name
     if path.is_file() or not shipped.is_file():
         if not path.is_file():
             raise FileNotFoundError(
@@ -58,8 +48,8 @@ def find_config(name: str) -> Path:
 
 
 def shipped_configs() -> list[str]:
-    """Return the files of options that come with the recipes, by their names in the recipes' folder."""
-    folder = recipes_folder()
+    """Return the files of options that come with the recipes, by their names in their folder."""
+    folder = configs_folder()
     files = [*folder.glob("*.yaml"), *folder.glob("image_classification/*.yaml")]
     return sorted(str(path.relative_to(folder)) for path in files)
 
@@ -78,7 +68,7 @@ def recipe_of(config: Path) -> str:
         raise ValueError(f"{config}: expected `option: value` pairs, got {type(options).__name__}.")
     common = _names(GrapeTrainingArguments)
     asked = set(options) - common
-    own = {name: _own_names(load(module)) for name, module in RECIPES.items()}
+    own = {name: _own_names(module) for name, module in RECIPES.items()}
     known = {name: len(asked & names) for name, names in own.items()}
     best = max(known, key=known.__getitem__)
     others = set().union(*(names for name, names in own.items() if name != best))
@@ -89,7 +79,8 @@ def recipe_of(config: Path) -> str:
     return best
 
 
-def _own_names(recipe: ModuleType) -> set[str]:
+def _own_names(module: str) -> set[str]:
+    recipe = importlib.import_module(module)
     return _names(recipe.DataArguments) | _names(recipe.ModelArguments)
 
 
@@ -100,4 +91,4 @@ def _names(kind: Any) -> set[str]:
 def train(config: str, recipe: str | None, argv: Sequence[str]) -> None:
     """Run the recipe that a file of options is for, with further options over it."""
     path = find_config(config)
-    load(RECIPES[recipe or recipe_of(path)]).main([str(path), *argv])
+    importlib.import_module(RECIPES[recipe or recipe_of(path)]).main([str(path), *argv])

@@ -17,21 +17,90 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from grape_hf.engine.run import FEEDBACK_NAME, STATE_NAME
+from grape_hf.engine.run import FEEDBACK_NAME, STATE_NAME, GrapeRun
+from grape_hf.training_args import BASELINES, GrapeArgumentsMixin
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base  # a mixin's methods may call what the Trainer beside it has
+else:
+    _Base = object
 
 logger = logging.getLogger(__name__)
 
 # transformers writes it into a checkpoint made on SIGTERM, and takes it away afterwards (trainer_jit_checkpoint.py).
 _JIT_SENTINEL = "checkpoint-is-incomplete.txt"
 _TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
+
+
+class CheckpointMixin(_Base):
+    """Checkpoints of a Trainer, with the feedback in them; ``GrapeMixin`` has it."""
+
+    grape_options: GrapeArgumentsMixin
+    _run: GrapeRun | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._resumed_from: Path | None = None
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; with ``resume_from_checkpoint=True`` from the last complete checkpoint (``checkpoints.py``)."""
+        return super().train(checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        discard = bool(self.args.save_total_limit)
+        with complete_save(folder, self.state, discard) if self.args.should_save else nullcontext():
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The last file of every rank but the first: then the first may declare the checkpoint complete.
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save or self.grape_options.method in ("bp", *BASELINES):
+            return
+        if self._run is not None and self._run.started:
+            self._run.save(Path(output_dir), finished=self.state.global_step != self._run.current_step)
+        elif self._resumed_from is not None and self._resumed_from.resolve() != Path(output_dir).resolve():
+            # On SIGTERM, before the first step: what the run resumed from is what it has.
+            for name in (FEEDBACK_NAME, STATE_NAME):
+                if (self._resumed_from / name).exists():
+                    shutil.copy(self._resumed_from / name, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # The matrices are read when their shapes are known, at the first step.
+        self._resumed_from = None if checkpoint is None else Path(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        # B_l belongs to the weights beside which it was learned. With save_only_model there is none in a checkpoint.
+        folder = Path(self.state.best_model_checkpoint or "")
+        if self._run is not None and self._run.started and (folder / FEEDBACK_NAME).exists():
+            self._run.load_feedback(folder)
+
+    def _resume(self, run: GrapeRun) -> None:
+        """Read what the checkpoint says that this training resumes from."""
+        if self._resumed_from is None:
+            return
+        if any((self._resumed_from / name).exists() for name in (FEEDBACK_NAME, STATE_NAME)):
+            run.load(self._resumed_from)
+        else:
+            logger.warning(
+                f"GrAPE: no feedback matrices in {self._resumed_from}, which is of a stock Trainer, of another method "
+                "or holds the model only. B_l and the calibration schedule start afresh."
+            )
 
 
 @contextmanager

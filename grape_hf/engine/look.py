@@ -1,6 +1,6 @@
 """Hooks that see, in one forward on the side, how blocks and heads work on one another (``probe.py`` judges)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from grape_hf.core import nested
 from grape_hf.core.blocks import ends
 from grape_hf.core.boundaries import Boundaries
-from grape_hf.core.graph import Mark, in_backward, marks_of
+from grape_hf.core.graph import Mark, in_backward, marks_of, parameters_of
 
 
 class Watcher:
@@ -167,6 +167,44 @@ class Watcher:
         """Boundaries whose h_l is changed in place by what reads it."""
         return {i for i in range(len(self.boundaries)) if self.made[i]._version > self.versions[i]}
 
+    def scalar(self, positions: int) -> Tensor | None:
+        """The loss, or what stands for it: the sum of what the model returned, if that has no positions."""
+        if (loss := _loss_of(self.output)) is not None:
+            return loss
+        floating = [t for _, t in nested.tensors(self.output) if t.is_floating_point() and t.requires_grad]
+        pooled = [t for t in floating if t.ndim == 2 and t.shape[1] != positions]
+        return pooled[0].sum() if pooled else None
+
+    def beside(self) -> list[str]:
+        """Name what but the head reads the last block's output, or may in another batch."""
+        loss = _loss_of(self.output)
+        floating = [t for _, t in nested.tensors(self.output) if t.is_floating_point() and t.requires_grad]
+        last = len(self.boundaries)
+        found = []
+        if (last, self.parts[last]) in marks_of(floating if loss is None else [loss]):
+            found.append("the loss" if loss is not None else "an output of the model")
+        used = parameters_of(floating)
+        width = {self.made[last].shape[-1], *self.made[last].shape[1:2]}
+        for name, module in self.model.named_modules():
+            weight = module._parameters.get("weight")
+            if weight is None or not weight.requires_grad or weight.ndim < 2 or id(weight) in used:
+                continue
+            inside = any(module is m for block in self.boundaries.blocks for m in block.modules())
+            if weight.shape[1] in width and not inside and not isinstance(module, nn.Embedding):
+                found.append(f"{name}, which did not run in the first batch")
+        return found
+
 
 def _readers(boundaries: Boundaries, index: int) -> list[nn.Module]:
     return boundaries.readers[index] if index < len(boundaries) else [boundaries.blocks[-1]]
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+        loss = output["loss"]
+    else:
+        loss = next((t for _, t in nested.tensors(output) if t.is_floating_point()), None)
+        loss = loss if loss is not None and loss.ndim == 0 else None
+    if loss is None or not loss.requires_grad:
+        return None
+    return loss.sum()

@@ -7,17 +7,15 @@ positions the loss reads it, and what the masks that the model is called with sa
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grape_hf.core import nested
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError, ReadAt
-from grape_hf.core.graph import marks_of, parameters_of
 from grape_hf.core.isolation import isolated
 from grape_hf.engine.look import Watcher
 
@@ -242,33 +240,6 @@ class Look(Watcher):
     def _kind(self, index: int) -> str:
         return type(self.boundaries.blocks[index]).__name__
 
-    def scalar(self, positions: int) -> Tensor | None:
-        """The loss, or what stands for it: the sum of what the model returned, if that has no positions."""
-        if (loss := _loss_of(self.output)) is not None:
-            return loss
-        floating = [t for _, t in nested.tensors(self.output) if t.is_floating_point() and t.requires_grad]
-        pooled = [t for t in floating if t.ndim == 2 and t.shape[1] != positions]
-        return pooled[0].sum() if pooled else None
-
-    def beside(self) -> list[str]:
-        """Name what but the head reads the last block's output, or may in another batch."""
-        loss = _loss_of(self.output)
-        floating = [t for _, t in nested.tensors(self.output) if t.is_floating_point() and t.requires_grad]
-        last = len(self.boundaries)
-        found = []
-        if (last, self.parts[last]) in marks_of(floating if loss is None else [loss]):
-            found.append("the loss" if loss is not None else "an output of the model")
-        used = parameters_of(floating)
-        width = {self.made[last].shape[-1], *self.made[last].shape[1:2]}
-        for name, module in self.model.named_modules():
-            weight = module._parameters.get("weight")
-            if weight is None or not weight.requires_grad or weight.ndim < 2 or id(weight) in used:
-                continue
-            inside = any(module is m for block in self.boundaries.blocks for m in block.modules())
-            if weight.shape[1] in width and not inside and not isinstance(module, nn.Embedding):
-                found.append(f"{name}, which did not run in the first batch")
-        return found
-
 
 def _look(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object], deterministic: bool) -> Look:
     seen = Look(model, boundaries)
@@ -287,17 +258,6 @@ def _look(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object
             seen.error = error
     seen.changed = trace.changed
     return seen
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-        loss = output["loss"]
-    else:
-        loss = next((t for _, t in nested.tensors(output) if t.is_floating_point()), None)
-        loss = loss if loss is not None and loss.ndim == 0 else None
-    if loss is None or not loss.requires_grad:
-        return None
-    return loss.sum()
 
 
 def _is_turned(h: Tensor, y: Tensor) -> bool:

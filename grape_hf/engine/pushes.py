@@ -1,10 +1,19 @@
-"""Pushes to the Hub: the stock Trainer's, so that they let out no token, and none that fails goes by unheard.
+"""Pushes to the Hub: the stock Trainer's, with four faults of it made good. Seen in transformers 5.23.
+
+- ``training_args.bin`` holds ``hub_token``, and every push uploads it (``HubToken``). It can go when the arguments are
+  saved in a form that masks tokens, as ``to_dict`` does: huggingface/transformers issue 34612, open.
+- ``hub_strategy="every_save"`` is said to push a draft of the card at every save (pull request 13503), and writes none:
+  ``_push_from_checkpoint``. It can go when the stock method writes the card.
+- An upload in the background that fails is never heard of (``_say_if_failed``): nobody asks the futures in
+  ``PushInProgress`` for their errors. We know of no issue; it can go when the Trainer logs them. At the end of training
+  ``push_to_hub`` raises by itself, and our note adds the command that uploads what is on the disk.
+- ``hub_model_id`` stays as it was given, without the user's name, so that a card would tell a name that does not load
+  (``init_hf_repo``). We know of no issue; it can go when the Trainer puts the full name into the arguments.
 
 What is pushed is what lies in the output folder: weights, configuration, tokenizer or image processor, card, pictures
 and records. Checkpoints, and with them the feedback matrices, optimiser and random states, come along where
 ``hub_strategy`` is ``checkpoint`` or ``all_checkpoints``. Uploads are retried by huggingface_hub. One that fails for
-good costs the push and nothing else: while training it is announced and the next save pushes everything that is
-missing; at the end it raises, when all files are on the disk, with the command that uploads them.
+good costs the push and nothing else: the next save pushes everything that is missing.
 """
 
 import logging
@@ -45,15 +54,7 @@ class PushMixin(_Base):
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make the repository, and put its full name into the arguments: cards tell it."""
-        try:
-            super().init_hf_repo(*args, **kwargs)
-        except Exception as error:
-            error.add_note(
-                f"GrAPE: the repository {self.args.hub_model_id or 'of the run'} cannot be made on the Hub. Check the "
-                "way there and the token (`hf auth login`), or train without push_to_hub and upload the folder later: "
-                f"{self._upload_command()}"
-            )
-            raise
+        super().init_hf_repo(*args, **kwargs)
         if self.hub_model_id is not None:
             self.args.hub_model_id = self.hub_model_id
 

@@ -4,7 +4,6 @@ A model card is made of this (``cards.py``), so that the card of a run under way
 are the same. Nothing here asks the network, and a folder is read without making the model.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -21,11 +20,10 @@ from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modelcard import TASK_MAPPING, TrainingSummary
 
+from grape_hf.reports.figures import best_step, figures, final_results, read_json
 from grape_hf.reports.log_names import current_names, log_names
 from grape_hf.training_args import GrapeArgumentsMixin, options_of
 
-# What stands in a log beside figures: it says nothing about the model.
-_NO_FIGURES = ("_runtime", "_per_second", "_preparation_time", "_compilation_time", "epoch", "step", "total_flos")
 # Arguments of TrainingSummary.from_trainer that create_model_card knows too.
 _SUMMARISED = (
     "language",
@@ -118,7 +116,7 @@ def record_of(trainer: Any, given: Mapping[str, Any]) -> RunRecord:
     run = trainer._run
     history = trainer.state.log_history
     results, measured_at = final_results(history, best_step(trainer.state, trainer.args))
-    saved = _read_json(folder / "all_results.json")
+    saved = read_json(folder / "all_results.json")
     shared = results.keys() & saved.keys()
     if shared and all(saved[name] == results[name] for name in shared):  # else they are of another evaluation
         results |= figures(saved)
@@ -168,8 +166,8 @@ def read_record(folder: str | Path) -> RunRecord:
             f"{folder}: expected a run of GrapeTrainer, found {type(args).__name__} without GrAPE's options and a log "
             "without its entries. Nothing says that it was trained by other than the stock Trainer."
         )
-    config = _read_json(folder / "config.json")
-    saved = _read_json(folder / "all_results.json")
+    config = read_json(folder / "config.json")
+    saved = read_json(folder / "all_results.json")
     readme = folder / "README.md"
     known = Card.load(readme) if readme.is_file() else None
     architecture = (config.get("architectures") or ["the model"])[0]
@@ -203,65 +201,6 @@ def read_record(folder: str | Path) -> RunRecord:
     )
 
 
-def read_results(folder: str | Path) -> dict[str, float]:
-    """Read the figures of a run's last evaluation from its folder.
-
-    Raises:
-        FileNotFoundError: if it holds neither ``all_results.json`` nor ``trainer_state.json``.
-    """
-    folder = Path(folder)
-    state, saved = _read_json(folder / "trainer_state.json"), _read_json(folder / "all_results.json")
-    if not state and not saved:
-        raise FileNotFoundError(
-            f"{folder}: expected the folder of a run, found neither all_results.json nor trainer_state.json in it."
-        )
-    return final_results(state.get("log_history", []))[0] | figures(saved)
-
-
-def final_results(history: list[dict[str, Any]], best: int | None = None) -> tuple[dict[str, float], int | None]:
-    """Find the figures of the last evaluation in a log.
-
-    Args:
-        history: the Trainer's log.
-        best: the step whose weights were put back at the end, if they were. Unless the model was evaluated after that,
-            its figures are those of this step.
-
-    Returns:
-        The figures, and the step they are of. Several data sets that were evaluated at one step count as one
-        evaluation.
-    """
-    evaluations = [entry for entry in history if any(map(_is_evaluation, entry))]
-    ended = next((i for i, entry in reversed(list(enumerate(history))) if "train_runtime" in entry), len(history))
-    if best is not None and not any(map(_is_evaluation, (name for entry in history[ended:] for name in entry))):
-        evaluations = [entry for entry in evaluations if entry["step"] == best]
-    if not evaluations:
-        return {}, None
-    last = evaluations[-1]["step"]
-    merged: dict[str, float] = {}
-    for entry in evaluations:
-        if entry["step"] == last:
-            merged |= figures(entry)
-    return merged, last
-
-
-def best_step(state: TrainerState, args: TrainingArguments) -> int | None:
-    """Return the step whose weights ``load_best_model_at_end`` put back, None if it is not set."""
-    return getattr(state, "best_global_step", None) if args.load_best_model_at_end else None
-
-
-def figures(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Keep what an evaluation measured; neither times nor what was measured of the training."""
-    return {
-        name: value
-        for name, value in metrics.items()
-        if isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and not name.endswith(_NO_FIGURES)
-        and not name.startswith(("train_", "before_init_mem", "init_mem"))
-        and "_mem_" not in name
-    }
-
-
 def last_logged(record: RunRecord, prefix: str) -> tuple[int, dict[str, float]] | None:
     """Find the last values under a prefix: the step they were logged at, and the values by the rest of their names."""
     entries: Iterable[tuple[int, Mapping[str, Any]]] = [
@@ -284,10 +223,6 @@ def task_of(architecture: str) -> str | None:
     return None
 
 
-def _is_evaluation(name: str) -> bool:
-    return name.endswith("_runtime") and name != "train_runtime"
-
-
 def _named(saved: Mapping[str, Any], known: Any, architecture: str) -> dict[str, Any]:
     """Collect what nobody but the user can know, from the results of a recipe and from the card in the folder."""
     known = known or {}
@@ -308,10 +243,6 @@ def _named(saved: Mapping[str, Any], known: Any, architecture: str) -> dict[str,
 
 # What stands in metadata for the name of a data set that was not given.
 UNNAMED = "not named"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _preprocessor(processing_class: Any) -> str | None:

@@ -15,7 +15,6 @@ missing ones, or start it several times to use several cores: a cell is taken by
 import argparse
 import math
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,11 +29,10 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
+from grape_hf.recipes.cells import Cells
 from grape_hf.reports.log_names import current_names
 
 TOP = Path(__file__).resolve().parents[2]
-sys.path.append(str(TOP / "recipes"))  # a script sees its own folder alone
-from cells import Cells  # noqa: E402
 
 # Of the code that this process has loaded, whatever is committed while it runs.
 COMMIT = subprocess.run(["git", "rev-parse", "HEAD"], cwd=TOP, capture_output=True, text=True).stdout.strip()

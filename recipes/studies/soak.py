@@ -29,8 +29,8 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
-from grape_hf.cli.parsing import parse_recipe
 from grape_hf.engine.checkpoints import faults, last_checkpoint
+from grape_hf.recipes.parsing import parse_recipe
 
 EVENTS, LOG = "events.txt", "log.txt"
 MOMENT = 0.05  # seconds

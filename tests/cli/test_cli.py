@@ -16,6 +16,7 @@ from problems import transformer
 from transformers.utils.logging import get_verbosity as verbosity
 
 from grape_hf.cli import EXAMPLES, main, make_parser, recipes
+from grape_hf.recipes.compare import Run, make_table
 from grape_hf.reports.cards import write_card
 from grape_hf.reports.plots import read_history
 
@@ -103,8 +104,7 @@ class TestHelp:
         assert getattr(importlib.import_module(module), function) is main
         carried = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
         assert all(target == f"grape_hf/{source}" for source, target in carried.items())
-        for name in [*(f"{recipe}.py" for recipe in recipes.RECIPES.values()), "common.py", "compare.py", "cells.py"]:
-            assert f"recipes/{name}" in carried
+        assert not [source for source in carried if source.endswith(".py")]
         for name in recipes.shipped_configs():
             assert {f"recipes/{name}", f"recipes/{Path(name).parent}"} & carried.keys()
 
@@ -164,11 +164,11 @@ class TestTrain:
     def test_the_recipe_of_every_file_that_comes_with_it_is_told_from_its_options(self):
         for name in recipes.shipped_configs():
             images = name.startswith("image_classification")
-            assert recipes.recipe_of(recipes.recipes_folder() / name) == ("images" if images else "text"), name
+            assert recipes.recipe_of(recipes.configs_folder() / name) == ("images" if images else "text"), name
 
     def test_a_users_file_goes_before_one_that_comes_with_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.chdir(tmp_path)
-        assert recipes.find_config("demo.yaml") == recipes.recipes_folder() / "demo.yaml"
+        assert recipes.find_config("demo.yaml") == recipes.configs_folder() / "demo.yaml"
         (tmp_path / "demo.yaml").write_text("context: 8")
         assert recipes.find_config("demo.yaml") == Path("demo.yaml")
 
@@ -216,8 +216,7 @@ class TestCompare:
         assert "was run with other options" in capsys.readouterr().err
 
     def test_several_seeds_are_a_mean_and_a_range(self):
-        module = recipes.load("compare")
-        runs = [module.Run("bp", seed, Path(f"bp-seed{seed}"), {}) for seed in (0, 1)]
+        runs = [Run("bp", seed, Path(f"bp-seed{seed}"), {}) for seed in (0, 1)]
         results = {
             run.folder: {
                 "options": {"learning_rate": "1e-3"},
@@ -226,7 +225,7 @@ class TestCompare:
             }
             for run in runs
         }
-        assert module.make_table(runs, results).splitlines()[-1] == "| bp | 0.001 | 2.5 (2 to 3) | 0.25 |"
+        assert make_table(runs, results).splitlines()[-1] == "| bp | 0.001 | 2.5 (2 to 3) | 0.25 |"
 
 
 class TestPlotAndCard:

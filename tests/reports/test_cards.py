@@ -26,8 +26,9 @@ from grape_hf.cli import main
 from grape_hf.metrics import perplexity_from_logits, token_nll
 from grape_hf.reports.card_texts import METHOD_TEXTS
 from grape_hf.reports.cards import MARKER, render_card, template_path, write_card
+from grape_hf.reports.figures import final_results
 from grape_hf.reports.markdown import code
-from grape_hf.reports.run_records import final_results, read_record
+from grape_hf.reports.run_records import read_record
 from grape_hf.vision import image_classifier
 
 TOP = Path(__file__).parents[2]

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cells import Cells, end_of_output, run_recipe
 
 import grape_hf
+from grape_hf.recipes.cells import Cells, end_of_output, run_recipe
 from grape_hf.reports.cards import write_card
-from grape_hf.reports.run_records import figures
+from grape_hf.reports.figures import figures
 
-RECIPES = Path(__file__).resolve().parent
 PACKAGE = Path(grape_hf.__file__).parents[1]
 METHODS = ("bp", "dfa", "grape")
 _TAIL = 20  # lines of a failed run's output that are kept
@@ -69,7 +68,7 @@ def parse_rates(pairs: Sequence[str]) -> dict[str, float]:
 
 def compare(
     config: Path,
-    script: Path,
+    recipe: str,
     output: Path,
     methods: Sequence[str] = METHODS,
     seeds: Sequence[int] | None = None,
@@ -79,7 +78,7 @@ def compare(
 
     Args:
         config: the recipe's file of options.
-        script: the recipe.
+        recipe: its module, which the processes run.
         output: folder of the comparison.
         methods: values of ``method``.
         seeds: default: the file's.
@@ -121,7 +120,7 @@ def compare(
         with cells.claim(run.folder.name) as lock:
             if lock is not None:
                 print(f"{time.strftime('%H:%M')} {i} of {len(runs)}: {run.folder.name} ...", flush=True)
-                train(script, run, cells, lock)
+                train(recipe, run, cells, lock)
     while not all(cells.settled(run.folder.name) for run in runs):  # somebody else has them
         time.sleep(2)
     if failed := [run for run in runs if cells.read(run.folder.name) is None]:
@@ -130,10 +129,10 @@ def compare(
     return write_report(config, runs, {run.folder: cells.read(run.folder.name) or {} for run in runs}, output)
 
 
-def train(script: Path, run: Run, cells: Cells, lock: int) -> None:
+def train(recipe: str, run: Run, cells: Cells, lock: int) -> None:
     """Run the recipe in a process of its own, and write down what came of it."""
     one_device = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ  # several in one process would mean nn.DataParallel
-    if code := run_recipe(script, run.options, run.folder, lock, PACKAGE, environment=one_device):
+    if code := run_recipe(recipe, run.options, run.folder, lock, PACKAGE, environment=one_device):
         cells.fail(run.folder.name, "\n".join(end_of_output(run.folder, _TAIL)) or f"exit status {code}")
         return
     results = json.loads((run.folder / "all_results.json").read_text(encoding="utf-8"))

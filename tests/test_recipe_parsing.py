@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from grape_hf.cli.parsing import parse_recipe
+from grape_hf.recipes.parsing import parse_recipe
 
 
 @dataclass

@@ -95,7 +95,7 @@ class Cells:
 
 
 def run_recipe(
-    script: Path,
+    recipe: Path | str,
     options: Mapping[str, Any],
     folder: Path,
     lock: int,
@@ -106,7 +106,7 @@ def run_recipe(
     """Run a recipe in a process of its own; ``options.yaml`` and ``output.txt`` in its folder tell of it.
 
     Args:
-        script: the recipe.
+        recipe: a script, or the name of a module.
         options: its options.
         folder: of the run; made if need be.
         lock: the cell's: if this process is killed, the cell stays taken as long as the recipe runs.
@@ -121,9 +121,10 @@ def run_recipe(
     settings = folder / "options.yaml"
     settings.write_text(yaml.safe_dump(dict(options), sort_keys=False), encoding="utf-8")
     path = os.pathsep.join(filter(None, [str(package), environment.get("PYTHONPATH")]))
+    start = ["-m", recipe] if isinstance(recipe, str) else [recipe]
     with (folder / "output.txt").open("w", encoding="utf-8") as output:
         return subprocess.run(
-            [sys.executable, script, settings],
+            [sys.executable, *start, settings],
             cwd=cwd,
             env={**environment, "PYTHONPATH": path},
             stdout=output,
