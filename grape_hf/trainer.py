@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from grape_hf.core.calls import NoCallError
 from grape_hf.engine.checkpoints import checkpoint_to_resume, complete_save
 from grape_hf.engine.parallelism import refuse_parallelism
+from grape_hf.engine.points import options_for
 from grape_hf.engine.pushes import PushMixin
 from grape_hf.engine.ranks import Ranks
 from grape_hf.engine.run import FEEDBACK_NAME, STATE_NAME, GrapeRun, calibration_schedule
@@ -30,7 +31,7 @@ from grape_hf.methods import make_baseline
 from grape_hf.methods.base import Baseline, MicroBatch
 from grape_hf.reports.log_names import log_names
 from grape_hf.reports.progress import ProgressFigures
-from grape_hf.training_args import BASELINES, METHOD_OPTIONS, options_of
+from grape_hf.training_args import BASELINES
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class GrapeMixin(PushMixin):
     The arguments may be of any kind; where they carry no GrAPE options (``GrapeArgumentsMixin``) the defaults hold.
 
     Attributes:
-        grape_options: GrAPE's options, with the preset's values filled in.
+        grape_options: GrAPE's options, those that are not given with their values for this model.
 
     Raises:
         ValueError: at construction, if no blocks are found in the model or an option does not suit it.
@@ -56,7 +57,7 @@ class GrapeMixin(PushMixin):
         self._micro_batch = (-1, 0)  # optimiser step, number within it
         self._blocks_alone = False  # whether the loss calls the blocks one by one, and so has to be computed again
         self._card_arguments: dict[str, Any] = {}
-        self.grape_options = options_of(self.args)
+        self.grape_options = options_for(self.model, self.args)
         if self.grape_options.method != "bp":
             self._refuse_settings()
             run = self._new_run()  # refuses now what it can
@@ -150,7 +151,7 @@ class GrapeMixin(PushMixin):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Entered once per train(), and again by auto_find_batch_size: each time a fresh run, with the options that the
         # arguments hold now (a hyperparameter search changes them).
-        self._run, self._resumed_from, self.grape_options = None, None, options_of(self.args)
+        self._run, self._resumed_from, self.grape_options = None, None, options_for(self.model, self.args)
         self._baseline, self._micro_batch, self._blocks_alone = None, (-1, 0), False
         training = [(module, module.training) for module in self.model.modules()]
         try:
@@ -287,21 +288,11 @@ class GrapeMixin(PushMixin):
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Take over a trial's values, GrAPE's options among them, and refuse what a new Trainer would refuse."""
-        before = options_of(self.args)
         super()._hp_search_setup(trial)
         if trial is None:
             return
-        self.grape_options = options = options_of(self.args)
-        # Other methods differ in no option but `method` itself.
-        implying = METHOD_OPTIONS.keys() & {before.method, options.method}
-        for name, cannot in {"grape_preset": True, "method": bool(implying)}.items():
-            if cannot and getattr(options, name) != getattr(before, name):
-                raise ValueError(
-                    f"a hyperparameter search cannot change {name} from {getattr(before, name)!r} to "
-                    f"{getattr(options, name)!r}: the options that these stand for were filled in when the arguments "
-                    "were made. Search over those options, or make a search for each value."
-                )
-        if options.method != "bp":
+        self.grape_options = options_for(self.model, self.args)
+        if self.grape_options.method != "bp":
             self._refuse_settings()
 
     def _refuse_settings(self) -> None:

@@ -28,7 +28,7 @@ from transformers.modelcard import (
 )
 
 import grape_hf
-from grape_hf.reports.card_texts import METHOD_TEXTS
+from grape_hf.reports.card_texts import FIXED, METHOD_TEXTS
 from grape_hf.reports.markdown import cell, code, is_finite, is_hub_id, label, link, listed, number, one_line, section
 from grape_hf.reports.run_records import (
     UNNAMED,
@@ -40,7 +40,7 @@ from grape_hf.reports.run_records import (
     read_results,
     task_of,
 )
-from grape_hf.training_args import BASELINES, GrapeArgumentsMixin
+from grape_hf.training_args import BASELINES, GrapeArgumentsMixin, options_of, resolved
 
 # Begins what is ours in a card; what stands before it is another Trainer's and stays.
 MARKER = (
@@ -165,7 +165,10 @@ def render_card(
         dataset=_dataset(record),
         data=_data(record),
         method=text,
+        name_of_method=f"{text.name}{_fixed(record.options)}",
+        chosen=options_of(record.args).grape_preset == "auto" and record.options.method not in BASELINES,
         architecture=record.architecture,
+        adapter=_adapter(record),
         options=record.options,
         changed_options=_changed_options(record.options),
         results=_result_rows(record.results, bp),
@@ -233,7 +236,8 @@ def loading(record: RunRecord, task: str | None) -> tuple[str, str]:
         kinds["image_processor"] = "AutoImageProcessor"  # made from the configuration alone
     name = record.args.hub_model_id or record.card.data.get("model_name") or "path/to/the/model"
     repository = json.dumps(str(name), ensure_ascii=False)
-    note, first = "With transformers alone; the name is that of a folder or of the repository on the Hub:", []
+    needs = "transformers and peft" if record.adapter else "transformers alone"
+    note, first = f"With {needs}; the name is that of a folder or of the repository on the Hub:", []
     if record.config.get("model_type") == "timm_wrapper":
         from grape_hf.vision import loading_note  # needs timm, as the model does
 
@@ -261,7 +265,21 @@ def template_path() -> Path:
     )
 
 
+def _adapter(record: RunRecord) -> str:
+    """Say which adapter on which model was trained; empty if none was."""
+    if not record.adapter:
+        return ""
+    kind = record.adapter["peft_type"]  # a string, or one of an Enum
+    kind = "LoRA" if kind == "LORA" else one_line(str(getattr(kind, "value", kind)))
+    rank = f" of rank {record.adapter['r']}" if record.adapter.get("r") else ""
+    base = str(record.adapter.get("base_model_name_or_path") or "a model without a name")
+    # Of a folder its name alone: where it was is nobody's business.
+    return f"{kind} adapter{rank} on {link(base, '') if is_hub_id(base) else code(Path(base).name)}"
+
+
 def _origin(record: RunRecord) -> str:
+    if adapter := _adapter(record):
+        return f"is {'an' if adapter.startswith(tuple('AEIOU')) else 'a'} {adapter}, trained on"
     base = listed(record.card.data.get("base_model") or record.summary.finetuned_from)
     if base := [name for name in base if name]:
         return f"is a fine-tuned version of {' and '.join(link(name, '') for name in base)}, trained on"
@@ -327,8 +345,13 @@ def _alignment(record: RunRecord) -> dict[str, Any] | None:
     return {"steps": {label: step for label, (step, _) in known.items()}, "names": names, "rows": rows}
 
 
+def _fixed(options: GrapeArgumentsMixin) -> str:
+    """Say of DFA what its matrices are."""
+    return f" with {FIXED[options.feedback_init or 'auto']} feedback" if options.method == "dfa" else ""
+
+
 def _changed_options(options: GrapeArgumentsMixin) -> list[tuple[str, str, str]]:
-    implied = GrapeArgumentsMixin(method=options.method, grape_preset=options.grape_preset)
+    implied = resolved(GrapeArgumentsMixin(method=options.method, grape_preset=options.grape_preset))
     names = [option.name for option in dataclasses.fields(GrapeArgumentsMixin)]
     pairs = {name: (getattr(options, name), getattr(implied, name)) for name in names}
     return [

@@ -10,7 +10,8 @@ from test_cost import BATCH, DEEP, DEPTH, EAGER, FRACTION, LONG, peak_bytes, ste
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from grape_hf import GrapeArgumentsMixin, inspection
+from grape_hf import GrapeArgumentsMixin
+from grape_hf.cli import inspection
 from grape_hf.cli.inspection import Inspection, inspect_model
 
 
