@@ -20,15 +20,15 @@ from transformers.trainer_utils import has_length
 
 from grape_hf.core.calls import NoCallError
 from grape_hf.engine.checkpoints import CheckpointMixin
+from grape_hf.engine.points import options_for
 from grape_hf.engine.ranks import Ranks
-from grape_hf.engine.refusals import refuse_search, refuse_settings
+from grape_hf.engine.refusals import refuse_settings
 from grape_hf.engine.run import GrapeRun, calibration_schedule
 from grape_hf.methods import make_baseline
 from grape_hf.methods.base import Baseline, MicroBatch
 from grape_hf.reports.card_mixin import CardMixin
 from grape_hf.reports.log_names import log_names
 from grape_hf.reports.progress import ProgressFigures
-from grape_hf.training_args import options_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class GrapeMixin(CardMixin, CheckpointMixin):
     The arguments may be of any kind; where they carry no GrAPE options (``GrapeArgumentsMixin``) the defaults hold.
 
     Attributes:
-        grape_options: GrAPE's options, with the preset's values filled in.
+        grape_options: GrAPE's options, those that are not given with their values for this model.
 
     Raises:
         ValueError: at construction, if no blocks are found in the model or an option does not suit it.
@@ -52,7 +52,7 @@ class GrapeMixin(CardMixin, CheckpointMixin):
         self._baseline: Baseline | None = None
         self._micro_batch = (-1, 0)  # optimiser step, number within it
         self._blocks_alone = False  # whether the loss calls the blocks one by one, and so has to be computed again
-        self.grape_options = options_of(self.args)
+        self.grape_options = options_for(self.model, self.args)
         refuse_settings(self, self.grape_options)
         if self.grape_options.method != "bp":
             run = self._new_run()  # refuses now what it can
@@ -134,7 +134,7 @@ class GrapeMixin(CardMixin, CheckpointMixin):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Entered once per train(), and again by auto_find_batch_size: each time a fresh run, with the options that the
         # arguments hold now (a hyperparameter search changes them).
-        self._run, self._resumed_from, self.grape_options = None, None, options_of(self.args)
+        self._run, self._resumed_from, self.grape_options = None, None, options_for(self.model, self.args)
         self._baseline, self._micro_batch, self._blocks_alone = None, (-1, 0), False
         training = [(module, module.training) for module in self.model.modules()]
         try:
@@ -163,12 +163,10 @@ class GrapeMixin(CardMixin, CheckpointMixin):
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Take over a trial's values, GrAPE's options among them, and refuse what a new Trainer would refuse."""
-        before = options_of(self.args)
         super()._hp_search_setup(trial)
         if trial is None:
             return
-        self.grape_options = options_of(self.args)
-        refuse_search(before, self.grape_options)
+        self.grape_options = options_for(self.model, self.args)
         refuse_settings(self, self.grape_options)
 
 

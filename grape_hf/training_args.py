@@ -1,14 +1,14 @@
 """Every option of GrAPE, with its help text: the manual page.
 
-An option left at None takes the value that the method implies (``METHOD_OPTIONS``), else the one that ``grape_preset``
-names; a value given wins over both. What two options say against each other, and a value that is not one of those
-listed, is refused here, when the arguments are made.
+An option that is not given stays None in the arguments. ``resolved`` fills it in once the model is known: with what the
+method implies (``METHOD_OPTIONS``), else with the value of ``grape_preset``. A value that is not allowed, and options
+that contradict each other, are refused when the arguments are made.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -52,7 +52,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 # columns of unit length are far too long for networks without norms (recipes/studies/LOG.md).
 PRESETS["convnet"] = PRESETS["recommended"] | {
     "feedback_points": 1,
-    "feedback_space": "logits",
     "feedback_init": "zero",
     "feedback_lr": 0.3,
     "jvp_fraction": 1.0,
@@ -62,6 +61,7 @@ PRESETS["convnet"] = PRESETS["recommended"] | {
 BASELINES = ("fa", "forward_gradient", "pepita")
 # What a method implies; it wins over the preset, and a value given wins over both.
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "dfa": {"feedback_init": "gaussian"},
     "fdfa": {
         "feedback_space": "logits",
         "feedback_init": "zero",
@@ -88,6 +88,42 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
 ESTIMATING = ("grape", "fdfa")
 
 
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may be, in the annotation of its field: argparse would not take it in the metadata.
+
+    Attributes:
+        kind: ``int`` or ``float``.
+        low: the lowest that is allowed; with ``above`` the number must be higher.
+        high: the highest.
+        above: whether ``low`` itself is not allowed.
+        infinite: whether infinity is allowed.
+    """
+
+    kind: type
+    low: float
+    high: float = math.inf
+    above: bool = False
+    infinite: bool = False
+
+    def read(self, name: str, value: Any) -> Any:
+        """Return a value as a number of this kind: YAML reads 1e-3 as a string.
+
+        Raises:
+            ValueError: for no number, or one out of range.
+        """
+        try:
+            number = self.kind(value)
+            valid = not isinstance(value, bool) and number == float(value) and self.low <= number <= self.high
+            if valid and (number > self.low or not self.above) and (math.isfinite(number) or self.infinite):
+                return number
+        except (TypeError, ValueError, OverflowError):
+            pass
+        lowest = f"{'above' if self.above else 'at least'} {self.low}"
+        limit = f"{lowest} and finite" if self.high == math.inf else f"{lowest} and at most {self.high}"
+        raise ValueError(f"{name}={value!r}: expected {'a whole' if self.kind is int else 'a'} number, {limit}.")
+
+
 def _option(name: str, help_text: str) -> Any:
     """Make a field that takes its value from the preset, and whose help says which values those are."""
     values = ", ".join(f"{preset}: {options[name]}" for preset, options in PRESETS.items())
@@ -98,162 +134,173 @@ def _option(name: str, help_text: str) -> Any:
 class GrapeArgumentsMixin:
     """GrAPE's options, to be mixed into any ``TrainingArguments``: ``class MyArgs(GrapeArgumentsMixin, SFTConfig)``.
 
-    After construction no option is None but ``blocks``. Raises ``ValueError`` for a value that is not one of those
-    listed, a number out of range, or options that contradict each other.
+    An option that is not given is None until ``resolved``. Raises ``ValueError`` for a value that is not one of those
+    listed, a number out of range, or options that contradict each other; what the method and the preset give counts.
     """
 
     method: Literal["grape", "dfa", "bp", "fdfa", "dkp", "fa", "forward_gradient", "pepita"] = field(
         default="grape",
         metadata={
-            "help": "How blocks get their error: `grape`, direct feedback through learned matrices B_l; `dfa`, the "
-            "same with B_l frozen at their start; `bp`, ordinary backpropagation, the stock Trainer bit for bit. "
-            "Baselines (grape_hf/methods): "
-            "`fdfa` (Bacho & Chu 2022), B_l from zero by a moving average of estimates, and `dkp` (direct "
-            "Kolen-Pollack), B_l learned like a weight from h_l to the logits: both imply options below that are not "
-            "given. `fa`: fixed random matrices in place of W^T, layer by layer; `forward_gradient`: directional "
-            "derivatives times their directions, in perturbation_space; `pepita`: a second forward in place of a "
+            "help": "How blocks get their error. `grape`: direct feedback through matrices B_l that are learned. "
+            "`dfa`: the same with B_l fixed, as random matrices, or as feedback_init says. `bp`: ordinary "
+            "backpropagation, the stock Trainer bit for bit. The others are there to compare with; each gives some of "
+            "the options below another default. `fdfa` (Bacho & Chu 2022): B_l starts at zero and averages "
+            "estimates. `dkp` (direct Kolen-Pollack): B_l learns as a weight from h_l to the logits would. `fa`: fixed "
+            "random matrices in place of the transposed weights, layer by layer. `forward_gradient`: random "
+            "directions times the derivative of the loss along them. `pepita`: a second forward in place of a "
             "backward, for plain chains of layers."
         },
     )
-    grape_preset: Literal["recommended", "convnet", "paper"] = field(
-        default="recommended",
+    grape_preset: Literal["auto", "recommended", "convnet", "paper"] = field(
+        default="auto",
         metadata={
-            "help": "Values for every option below that is not given: `recommended`, what worked best in our studies "
-            "of Transformers; `paper`, the settings of the GrAPE paper (ICLR 2026); or `convnet`, what worked best "
-            "on convolutional networks."
+            "help": "The values of all options below that are not given. `recommended`: what worked best in our "
+            "studies of Transformers. `convnet`: what worked best in our studies of convolutional networks. `auto`: "
+            "`convnet` where the blocks have convolutions, else `recommended`. `paper`: the settings of the GrAPE "
+            "paper (ICLR 2026)."
         },
     )
     blocks: str | None = field(
         default=None,
         metadata={
-            "help": "The blocks that get direct feedback: names as in model.named_modules(), separated by commas; a "
-            "list of modules stands for its items. Found automatically by default."
+            "help": "The blocks that get direct feedback. Names as in model.named_modules(), separated by commas; the "
+            "name of a list of modules stands for all of them. Found in the model by default."
         },
     )
-    feedback_points: int | None = _option(
+    feedback_points: Annotated[int | None, Range(int, 0)] = _option(
         "feedback_points",
-        "How many feedback points, evenly spaced; the blocks between two of them backpropagate among themselves. 0: "
-        "one after every block but the last. In an encoder-decoder, so many in each, and one where the two meet.",
+        "How many feedback points there are, evenly spaced. Between two of them blocks backpropagate among "
+        "themselves. 0: one after every block but the last. In an encoder-decoder: so many in each of the two, and "
+        "one more where they meet.",
     )
     feedback_space: Literal["auto", "hidden", "logits"] | None = _option(
         "feedback_space",
-        "Where the error is measured: `hidden`, the output of the last block (B_l is n_l x d_model; for language "
-        "models), or `logits` (B_l is n_l x classes; for few classes). `auto`: the smaller.",
+        "Where the error is measured. `hidden`: at the output of the last block; B_l is n_l x n_L. `logits`: at the "
+        "output of the head; B_l is n_l x classes. `auto`: where there are fewer numbers.",
     )
     feedback_sharing: Literal["auto", "none", "position", "grid"] | None = _option(
         "feedback_sharing",
-        "What shares one B_l: every `position` of a sequence or map; every position within a cell of a 4 x 4 `grid` "
-        "over a map; or `none`, h_l is flattened. `auto`: positions of a sequence share, maps are flattened.",
+        "Which positions of a sequence or an image share one B_l. `position`: all of them. `grid`: those within one "
+        "cell of a 4 x 4 grid over the image. `none`: no two; B_l acts on h_l as one long vector. `auto`: all of a "
+        "sequence, none of an image.",
     )
-    feedback_size_limit: float = field(
+    feedback_size_limit: Annotated[float, Range(float, 0, infinite=True)] = field(
         default=2.0,
-        metadata={"help": "Refuse to train when all B_l together would take more than this, in GiB. Not in the paper."},
+        metadata={"help": "Refuse to train where all B_l together would take more GiB than this. Not in the paper."},
     )
     feedback_init: Literal["auto", "identity", "gaussian", "zero"] | None = _option(
         "feedback_init",
-        "How B_l starts: `identity`, the Jacobian of the shortcut path alone, which is the identity matrix where h_l "
-        "and y are of one size; `gaussian`, as in DFA; `zero`. `auto`: identity in hidden space where the sizes are "
-        "one, else gaussian.",
+        "How B_l starts. `identity`: the Jacobian of the shortcut path alone, which is the identity matrix where h_l "
+        "and y are of one size. `gaussian`: random numbers. `zero`: zeros. `auto`: `identity` where the error is "
+        "measured in hidden space and the sizes are one, else `gaussian`. Method `dfa` starts with `gaussian`.",
     )
     feedback_rule: Literal["lms", "cosine", "ema", "local"] | None = _option(
         "feedback_rule",
-        "How B_l learns from the estimate J_hat_l: `cosine`, a gradient step on the columns' cosines (the paper); "
-        "`ema`, a moving average; `lms`, a moving average of what B_l did not predict, with far less noise. `local` "
-        "makes no estimate: each block learns a map of its own from its own backward, and B_l is the product of the "
-        "maps above.",
+        "How B_l learns. From an estimate of the Jacobian: `lms`, from the part of the tangents that B_l did not "
+        "predict, which has the least noise; `ema`, as a moving average of the estimates; `cosine`, by a gradient step "
+        "on the cosine of each column with the estimate's (the paper). Without an estimate: `local`. Each block learns "
+        "a map of its own from its own backward, and B_l is the product of the maps above.",
     )
-    feedback_lr: float | None = _option(
+    feedback_lr: Annotated[float | None, Range(float, 0)] = _option(
         "feedback_lr",
-        "Learning rate eta_B of the feedback rule; for `cosine` it is per column, for method `dkp` a multiple of the "
-        "weights' own rate (1 there).",
+        "Learning rate of B_l. With `cosine` it holds for each column. With method `dkp` it is a multiple of the "
+        "weights' own rate, 1 by default.",
     )
     feedback_normalize: bool | None = _option(
-        "feedback_normalize", "Bring the columns of B_l to unit length after each refinement."
+        "feedback_normalize", "Bring the columns of B_l to unit length whenever B_l has learned."
     )
     jvp_mode: Literal["auto", "dual", "finite_difference"] | None = _option(
         "jvp_mode",
-        "How tangents are computed: `dual` numbers (exact), or the `finite_difference` of two forwards. `auto`: "
-        "finite differences where the blocks are convolutions (cheaper) or an operator has no forward-mode rule.",
+        "How an estimate differentiates. `dual`: exactly, by dual numbers. `finite_difference`: by the difference of "
+        "two forwards. `auto`: `finite_difference` where the blocks have convolutions, on which it is cheaper, and "
+        "where an operator knows no dual numbers; else `dual`.",
     )
     jvp_passes: Literal["joint", "per_block"] | None = _option(
-        "jvp_passes", "Perturb all boundaries in one `joint` pass, or one `per_block`: less noise, L-1 times the cost."
+        "jvp_passes",
+        "How many passes an estimate takes. `joint`: one for all feedback points. `per_block`: one for each, which "
+        "has less noise.",
     )
-    jvp_fraction: float | None = _option("jvp_fraction", "Share of the global batch that the estimate is made on.")
-    jvp_steps: int | None = _option("jvp_steps", "Estimate and refine every so many optimiser steps.")
+    jvp_fraction: Annotated[float | None, Range(float, 0, 1, above=True)] = _option(
+        "jvp_fraction", "Share of the global batch that an estimate is made on."
+    )
+    jvp_steps: Annotated[int | None, Range(int, 1)] = _option(
+        "jvp_steps", "Estimate and refine every so many optimiser steps."
+    )
     perturbation_space: Literal["activation", "weight", "auto"] | None = _option(
         "perturbation_space",
-        "What is perturbed: the boundary `activation`, or the `weight`s of the block in front of it, for the cosine "
-        "rule only (the estimate is then a direction). `auto`: for each block whichever has fewer numbers. Method "
-        "`forward_gradient`: `activation` (Ren et al. 2023) or all `weight`s at once (Baydin et al. 2022).",
+        "What an estimate perturbs. `activation`: h_l. `weight`: the weights of the block that makes h_l, for the rule "
+        "`cosine` only. `auto`: whichever has fewer numbers, for each block. With method `forward_gradient`: "
+        "`activation` (Ren et al. 2023), or all weights at once by `weight` (Baydin et al. 2022).",
     )
     calibration_strategy: Literal["no", "epoch", "steps", "adaptive"] | None = _option(
         "calibration_strategy",
-        "When one optimiser step is ordinary backpropagation: `epoch`, at a random step in every calibration_interval "
-        "epochs; `steps`, every calibration_interval steps; `adaptive`, when the smoothed alignment falls below "
-        "calibration_threshold; or `no`.",
+        "When an optimiser step is one of ordinary backpropagation. `no`: never. `epoch`: at one random step in every "
+        "calibration_interval epochs. `steps`: every calibration_interval steps. `adaptive`: when the smoothed "
+        "alignment falls below calibration_threshold.",
     )
-    calibration_interval: float | None = _option(
+    calibration_interval: Annotated[float | None, Range(float, 0, above=True)] = _option(
         "calibration_interval",
-        "Interval T of calibrations: in epochs (also a fraction) for `epoch`, in optimiser steps for `steps`.",
+        "From one calibration step to the next: epochs, also a fraction of one, with `epoch`; optimiser steps with "
+        "`steps`.",
     )
-    calibration_threshold: float = field(
+    calibration_threshold: Annotated[float, Range(float, -1, 1)] = field(
         default=0.3,
         metadata={
-            "help": "Cosine below which `adaptive` calibrates: the smoothed mean of that of B_l with J_hat_l, or with "
-            "the exact delta where alignment_steps measures it. Not in the paper."
+            "help": "Alignment below which `adaptive` calibrates. It is the mean cosine of B_l with the estimate, or "
+            "of B_l e with the exact gradient where alignment_steps measures that; smoothed over time. Not in the "
+            "paper."
         },
     )
-    calibration_cooldown: int = field(
+    calibration_cooldown: Annotated[int, Range(int, 1)] = field(
         default=100,
         metadata={"help": "Least number of optimiser steps between two calibrations by `adaptive`. Not in the paper."},
     )
     calibration_refit: bool | None = _option(
-        "calibration_refit", "Fit B_l to the exact deltas of each calibration step by ridge regression."
+        "calibration_refit", "Fit B_l to the exact gradients of each calibration step, by ridge regression."
     )
-    alignment_steps: int = field(
+    alignment_steps: Annotated[int, Range(int, 0)] = field(
         default=0,
         metadata={
-            "help": "Measure the exact alignment cos(B_l e, delta_l) every so many optimiser steps by a backward on "
-            "the side (costs one step of ordinary backpropagation each time); 0: at calibration steps only."
+            "help": "Number of optimiser steps from one measurement of the exact alignment to the next. Each takes one "
+            "more forward and backward. 0: it is measured at calibration steps only."
         },
     )
-
-    feedback_sweeps: int = field(
+    feedback_sweeps: Annotated[int, Range(int, 0)] = field(
         default=0,
         metadata={
-            "help": "Correct the deltas so many times before they are used: all blocks send their delta back through "
-            "themselves at once, and get what came out of the block above. L - 1 sweeps are ordinary "
-            "backpropagation. Each costs one backward without weight gradients. Not in the paper."
+            "help": "How often the errors of all blocks are corrected at once before they are used. Each block sends "
+            "its error back through itself, and the block below gets what came out. As many sweeps as feedback points "
+            "are ordinary backpropagation. Each takes one backward without weight gradients. Not in the paper."
         },
     )
-    max_skipped_refinements: int = field(
+    max_skipped_refinements: Annotated[int, Range(int, 0)] = field(
         default=100,
         metadata={
-            "help": "Stop with an error when so many refinements of B_l in a row were skipped for NaN or Inf in the "
-            "error or the estimate (looked at when the loss is logged); 0: go on for ever. Not in the paper."
+            "help": "Stop with an error when B_l could not learn so many times in a row, as the error or the estimate "
+            "was NaN or infinite. This is looked at whenever the loss is logged. 0: never stop. Not in the paper."
         },
     )
     fallback: Literal["no", "block", "bp"] = field(
         default="no",
         metadata={
-            "help": "What to do where the alignment stays below fallback_threshold: nothing (`no`); give up the "
-            "feedback of that `block`, which then gets its gradient from the block after it; or, by the mean "
-            "alignment, go on with ordinary backpropagation (`bp`). For the rest of the run, with a warning. Not in "
-            "the paper."
+            "help": "What to do when the alignment stays below fallback_threshold. `no`: nothing. `block`: that block "
+            "gets its gradient from the block after it. `bp`: when the mean of all blocks is that low, the whole "
+            "model goes on by ordinary backpropagation. Either holds for the rest of the run, and a warning says so. "
+            "Not in the paper."
         },
     )
-    fallback_threshold: float = field(
+    fallback_threshold: Annotated[float, Range(float, -1, 1)] = field(
         default=0.0,
         metadata={
-            "help": "The smoothed cosine for `fallback`, of what calibration_threshold looks at. At 0 the feedback "
-            "points away from the gradient. Not in the paper."
+            "help": "Alignment that is too low for `fallback`; the cosine that calibration_threshold looks at, "
+            "smoothed. At 0 the feedback is at a right angle to the gradient, below 0 it points away from it. Not in "
+            "the paper."
         },
     )
-    fallback_patience: int = field(
+    fallback_patience: Annotated[int, Range(int, 1)] = field(
         default=10,
         metadata={
-            "help": "How many measurements in a row the smoothed cosine has to be below fallback_threshold. Not in "
-            "the paper."
+            "help": "Number of measurements in a row that have to be below fallback_threshold. Not in the paper."
         },
     )
 
@@ -263,63 +310,33 @@ class GrapeArgumentsMixin:
         dataclass(kw_only=True)(cls)  # where the user decorates it as well, fields without a default may come last
 
     def __post_init__(self) -> None:
-        """Fill in the preset, refuse what cannot work, and go on with the arguments mixed with."""
-        self._check_choices()
-        implied = PRESETS[self.grape_preset] | METHOD_OPTIONS.get(self.method, {})
-        # Frozen at zero, it would be no feedback at all.
-        if self.method == "dfa" and implied["feedback_init"] == "zero":
-            implied["feedback_init"] = "gaussian"
-        for name, value in implied.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        self._check_numbers()
-        self._check_combinations()
+        """Refuse what cannot work, and go on with the arguments mixed with."""
+        self._check_values()
+        if any(getattr(self, name) is None for name in PRESETS["recommended"]):
+            resolved(
+                self
+            )  # what contradicts itself does so whatever the model: `auto`'s presets differ in no such option
+        else:
+            self._check_combinations()
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
 
-    def _check_choices(self) -> None:
-        hints = get_type_hints(GrapeArgumentsMixin)
+    def _check_values(self) -> None:
+        hints = get_type_hints(GrapeArgumentsMixin, include_extras=True)
         for option in dataclasses.fields(GrapeArgumentsMixin):
-            allowed = [c for part in (hints[option.name], *get_args(hints[option.name])) for c in _choices(part)]
-            value = getattr(self, option.name)
-            if allowed and value not in allowed and not (value is None and option.default is None):
-                raise ValueError(f"{option.name}={value!r}: expected one of {', '.join(map(repr, allowed))}.")
-
-    def _check_numbers(self) -> None:
-        ranges: dict[str, tuple[type, float, float]] = {
-            "feedback_points": (int, 0, float("inf")),
-            "feedback_lr": (float, 0, float("inf")),
-            "feedback_size_limit": (float, 0, float("inf")),
-            "jvp_fraction": (float, 1e-9, 1),
-            "jvp_steps": (int, 1, float("inf")),
-            "calibration_interval": (float, 1e-9, float("inf")),
-            "calibration_threshold": (float, -1, 1),
-            "calibration_cooldown": (int, 1, float("inf")),
-            "alignment_steps": (int, 0, float("inf")),
-            "feedback_sweeps": (int, 0, float("inf")),
-            "max_skipped_refinements": (int, 0, float("inf")),
-            "fallback_threshold": (float, -1, 1),
-            "fallback_patience": (int, 1, float("inf")),
-        }
-        for name, (kind, low, high) in ranges.items():
-            value = getattr(self, name)
-            try:
-                number = kind(value)  # YAML reads 1e-3 as a string
-                valid = not isinstance(value, bool) and number == float(value) and low <= number <= high
-                # No limit is a limit as well; of all else there has to be a number.
-                valid = valid and (math.isfinite(number) or name == "feedback_size_limit")
-            except (TypeError, ValueError, OverflowError):
-                valid = False
-            if not valid:
-                lowest = {1e-9: "above 0"}.get(low, f"at least {low}")
-                limit = f"{lowest} and finite" if high == float("inf") else f"{lowest} and at most {high}"
-                raise ValueError(f"{name}={value!r}: expected {'a whole' if kind is int else 'a'} number, {limit}.")
-            setattr(self, name, number)
+            name, hint, value = option.name, hints[option.name], getattr(self, option.name)
+            if value is None and option.default is None:
+                continue
+            allowed = [choice for part in (hint, *get_args(hint)) for choice in _choices(part)]
+            if allowed and value not in allowed:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}.")
+            for limits in (part for part in get_args(hint) if isinstance(part, Range)):
+                setattr(self, name, limits.read(name, value))
         if not isinstance(self.blocks, str | None):
             raise ValueError(f"blocks={self.blocks!r}: expected names in one string, separated by commas, or None.")
         for name in ("feedback_normalize", "calibration_refit"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool | None):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False.")
 
     def _check_combinations(self) -> None:
@@ -391,6 +408,28 @@ class GrapeTrainingArguments(GrapeArgumentsMixin, TrainingArguments):
 
 
 def options_of(args: Any) -> GrapeArgumentsMixin:
-    """Return GrAPE's options out of training arguments of any kind; the defaults where they carry none."""
-    names = [option.name for option in dataclasses.fields(GrapeArgumentsMixin)]
-    return GrapeArgumentsMixin(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    """Return GrAPE's options out of training arguments of any kind; the defaults where those have no such options."""
+    if not isinstance(args, GrapeArgumentsMixin):
+        return GrapeArgumentsMixin()
+    return GrapeArgumentsMixin(**{option.name: getattr(args, option.name) for option in _FIELDS})
+
+
+def resolved(options: GrapeArgumentsMixin, convolutional: bool = False) -> GrapeArgumentsMixin:
+    """Return a copy of the options in which none is None but ``blocks``, and ``grape_preset`` is not ``auto``.
+
+    Args:
+        options: GrAPE's options; they stay as they are.
+        convolutional: whether the blocks of the model have convolutions.
+
+    Raises:
+        ValueError: if options contradict each other.
+    """
+    given = {option.name: getattr(options, option.name) for option in _FIELDS}
+    if options.grape_preset == "auto":
+        given["grape_preset"] = "convnet" if convolutional else "recommended"
+    implied = PRESETS[given["grape_preset"]] | METHOD_OPTIONS.get(options.method, {})
+    missing = {name: value for name, value in implied.items() if given[name] is None}
+    return GrapeArgumentsMixin(**given | missing)
+
+
+_FIELDS = dataclasses.fields(GrapeArgumentsMixin)

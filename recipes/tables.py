@@ -48,6 +48,7 @@ _KNOWN = {
     "settings",
     "options",
     "methods",
+    "labels",
     "learning_rates",
     "seeds",
     "paper",
@@ -104,6 +105,7 @@ def read_table(path: Path) -> dict[str, Any]:
             f"missing: {', '.join(sorted(missing)) or 'none'}."
         )
     defaults = {"title": path.stem, "recipe": "recipes/image_classification.py", "metric": "accuracy", "paper": {}}
+    defaults["labels"] = {}  # what a method is called in the report, where that is not its name in the file
     return defaults | table
 
 

@@ -20,7 +20,7 @@ def write_report(table: dict[str, Any], results: Results, errors: dict[str, str]
     text = markdown(table, rows, errors)
     (folder / "table.md").write_text(text, encoding="utf-8")
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        columns = [name for name in rows[0] if name not in ("histories", "by_rate")]
+        columns = [name for name in rows[0] if name not in ("histories", "by_rate", "label")]
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -45,6 +45,7 @@ def summarise(table: dict[str, Any], method: str, results: list[dict[str, Any]])
     paper = table["paper"].get(method)
     return {
         "method": method,
+        "label": table["labels"].get(method, method),
         "T": calibration(best["options"]),
         "learning_rate": best["learning_rate"],
         "seeds": len(final),
@@ -92,7 +93,7 @@ def markdown(table: dict[str, Any], rows: list[dict[str, Any]], errors: dict[str
         ends = "-" if row["seeds"] < 2 else f"{row['test_min']:.2f} to {row['test_max']:.2f}"
         by_rate = ", ".join(f"{rate:g}: {value:.1f}" for rate, value in row["by_rate"].items())
         lines.append(
-            f"| {row['method']} | {row['T'] or '-'} | {row['learning_rate']:g} | {row['seeds']} | "
+            f"| {row['label']} | {row['T'] or '-'} | {row['learning_rate']:g} | {row['seeds']} | "
             f"{_number(row['test'])}{spread} | {ends} | {_number(row['paper'])} | {row['validation']:.2f} | "
             f"{by_rate} | {row['minutes']:.1f} |"
         )
@@ -114,7 +115,7 @@ def plot(table: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Non
             for epoch, value in {e["epoch"]: e[f"eval_{metric}"] for e in history if f"eval_{metric}" in e}.items():
                 curves[epoch].append(100 * value)
         epochs, values = list(curves), list(curves.values())
-        label = f"{row['method']}, rate {row['learning_rate']:g}"
+        label = f"{row['label']}, rate {row['learning_rate']:g}"
         axes.plot(epochs, [statistics.fmean(v) for v in values], styles[i % 4], color=f"C{i}", label=label)
         axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=f"C{i}", alpha=0.2)
     axes.set(xlabel="epoch", ylabel=f"validation {metric} (%)", title=table["title"])

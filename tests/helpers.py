@@ -29,12 +29,13 @@ def arguments(folder: Path, kind: type[TrainingArguments] = GrapeTrainingArgumen
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        grape_preset="recommended",  # a point after every block, in convolutional networks too
         dataloader_pin_memory=False,
     )
     if not issubclass(kind, GrapeTrainingArguments):
         ours = {f.name for f in dataclasses.fields(GrapeTrainingArguments)}
         ours -= {f.name for f in dataclasses.fields(kind)}
-        options = {name: value for name, value in options.items() if name not in ours}
+        usual, options = ({k: v for k, v in given.items() if k not in ours} for given in (usual, options))
     return kind(**(usual | options))
 
 

@@ -266,7 +266,8 @@ def test_seq2seq_trainer(tiny, tmp_path):
 
 
 def test_starts(tmp_path):
-    learned, frozen = (trained(T5, tmp_path, max_steps=1, learning_rate=0.0, method=m) for m in ("grape", "dfa"))
+    options = {"max_steps": 1, "learning_rate": 0.0, "feedback_init": "auto"}
+    learned, frozen = (trained(T5, tmp_path, method=m, **options) for m in ("grape", "dfa"))
     zero, gaussian = learned.feedback[0], frozen.feedback[0]
     assert gaussian.std() == pytest.approx(1 / 4, rel=0.2)  # 1 / sqrt(n_l)
     assert zero.norm() < 0.1 * gaussian.norm()

@@ -272,7 +272,7 @@ def test_a_head_outside_the_model_is_seen_by_the_first_error(tmp_path):
 
     model.encoder.layer[0].register_forward_hook(watch)
     data = [{"input_ids": torch.randint(1, 30, (6,)), "labels": torch.tensor(i % 2)} for i in range(8)]
-    args = arguments(tmp_path, max_steps=3, method="dfa", remove_unused_columns=False)
+    args = arguments(tmp_path, max_steps=3, method="dfa", feedback_init="identity", remove_unused_columns=False)
     trainer = OwnHead(model, args, train_dataset=data)
     trainer.head = nn.Linear(16, 2)
     trainer.train()

@@ -222,9 +222,9 @@ def test_a_truncated_feedback_file_is_refused(size, tmp_path):
 
 
 def test_learned_feedback_may_be_resumed_frozen(tmp_path):
-    """``dfa`` starts at identities, which need no product; what it reads from a checkpoint are others."""
+    """A fixed identity starts at identities, which need no product; what it reads from a checkpoint are others."""
     saved = stopped(GPT2, tmp_path / "straight", max_steps=10, **LEARNED)
-    frozen = train(GPT2, tmp_path / "frozen", max_steps=15, resume=saved, method="dfa")
+    frozen = train(GPT2, tmp_path / "frozen", max_steps=15, resume=saved, method="dfa", feedback_init="identity")
     unmoved = train(GPT2, tmp_path / "unmoved", max_steps=15, resume=saved, **LEARNED | {"feedback_lr": 0.0})
     assert differ(
         {str(i): b for i, b in enumerate(frozen.feedback)},

@@ -99,7 +99,7 @@ class WatchedGrape(GrapeMixin, Watched):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"method": "dfa"}, id="dfa"),
+        pytest.param({"method": "dfa", "feedback_init": "auto"}, id="dfa"),
         pytest.param(LEARNED, id="grape"),
         pytest.param(LEARNED | {"jvp_mode": "finite_difference"}, id="grape-finite-differences"),
         pytest.param(
@@ -125,7 +125,7 @@ def test_data_order_and_dropout_masks_are_those_of_bp(problem, options, tmp_path
 @pytest.mark.parametrize("problem", [DROPOUT, NOISY], ids=lambda problem: problem.id)
 def test_estimates_and_measurements_leave_no_trace(problem, mode, tmp_path):
     """At rate zero GrAPE is DFA, down to the running statistics of the batch norms."""
-    frozen = train(problem, tmp_path, method="dfa")
+    frozen = train(problem, tmp_path, method="dfa", feedback_init="auto")
     idle = LEARNED | {"feedback_lr": 0.0, "alignment_steps": 2, "jvp_mode": mode}
     measured = train(problem, tmp_path, **idle)
     assert len(logged(measured, "grape/alignment/estimate/mean")) == 10
@@ -145,7 +145,7 @@ def test_estimates_and_measurements_leave_no_trace(problem, mode, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"method": "dfa"}, id="dfa"),
+        pytest.param({"method": "dfa", "feedback_init": "auto"}, id="dfa"),
         pytest.param(LEARNED, id="grape"),
         pytest.param(LEARNED | {"jvp_fraction": 0.25, "jvp_steps": 2}, id="quarter-every-2"),
         pytest.param(

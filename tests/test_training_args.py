@@ -1,15 +1,18 @@
 """The options: from keywords, a YAML file, the command line; with their help, presets and refusals."""
 
 import dataclasses
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from grape_hf import GrapeArgumentsMixin, GrapeTrainingArguments
-from grape_hf.training_args import PRESETS
+from grape_hf.training_args import PRESETS, options_of, resolved
 
 FIELDS = {f.name: f for f in dataclasses.fields(GrapeArgumentsMixin)}
 HINTS = get_type_hints(GrapeArgumentsMixin)
@@ -132,19 +135,19 @@ def test_switches(name, tmp_path):
             from_keywords(tmp_path, **on | {name: value})
 
 
-@pytest.mark.parametrize("preset", get_args(HINTS["grape_preset"]))
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_fill_in_what_is_not_given(preset, tmp_path):
-    args = from_keywords(tmp_path, grape_preset=preset)
-    assert {name: getattr(args, name) for name in PRESETS[preset]} == PRESETS[preset]
-    assert not [name for name in FIELDS if getattr(args, name) is None and name != "blocks"]
-    given = from_keywords(tmp_path, grape_preset=preset, feedback_lr=0.5, perturbation_space="activation")
+    options = resolved(from_keywords(tmp_path, grape_preset=preset))
+    assert {name: getattr(options, name) for name in PRESETS[preset]} == PRESETS[preset]
+    assert not [name for name in FIELDS if getattr(options, name) is None and name != "blocks"]
+    given = resolved(from_keywords(tmp_path, grape_preset=preset, feedback_lr=0.5, perturbation_space="activation"))
     assert given.feedback_lr == 0.5
     assert given.perturbation_space == "activation"
     assert given.feedback_rule == PRESETS[preset]["feedback_rule"]
 
 
 def test_presets_agree_with_the_fields():
-    assert PRESETS.keys() == set(get_args(HINTS["grape_preset"]))
+    assert PRESETS.keys() | {"auto"} == set(get_args(HINTS["grape_preset"]))
     assert PRESETS["paper"].keys() == PRESETS["recommended"].keys()
     assert PRESETS["paper"].keys() == {name for name, f in FIELDS.items() if f.default is None and name != "blocks"}
 
@@ -184,7 +187,7 @@ def test_arguments_survive_their_own_dict_and_json(tmp_path):
     args = from_keywords(tmp_path, grape_preset="paper", feedback_space="hidden")
     again = GrapeTrainingArguments(**args.to_dict())
     assert {name: getattr(again, name) for name in FIELDS} == {name: getattr(args, name) for name in FIELDS}
-    assert '"feedback_rule": "cosine"' in args.to_json_string()
+    assert '"feedback_space": "hidden"' in args.to_json_string()
 
 
 def test_they_are_training_arguments(tmp_path):
@@ -212,10 +215,62 @@ def test_a_class_that_mixes_the_options_in_takes_all_arguments(kind, tmp_path):
     assert (parsed.method, parsed.more) == ("grape", 5)
 
 
-def test_frozen_feedback_never_starts_from_zero_unless_told_to(tmp_path):
+@pytest.mark.parametrize("preset", [*PRESETS, "auto"])
+def test_fixed_feedback_is_random_unless_told_otherwise(preset, tmp_path):
     def started(**options: Any) -> str | None:
-        return from_keywords(tmp_path, grape_preset="convnet", **options).feedback_init
+        return resolved(from_keywords(tmp_path, grape_preset=preset, method="dfa", **options)).feedback_init
 
-    assert started() == "zero"
-    assert started(method="dfa") == "gaussian"
-    assert started(method="dfa", feedback_init="zero") == "zero"
+    assert started() == "gaussian"
+    assert [started(feedback_init=init) for init in ("zero", "identity")] == ["zero", "identity"]
+
+
+def test_auto_takes_the_settings_for_the_blocks_and_leaves_the_arguments_alone(tmp_path):
+    args = from_keywords(tmp_path, feedback_lr=0.5)
+    before = args.to_dict()
+    assert args.grape_preset == "auto"
+    for convolutional, preset in ((False, "recommended"), (True, "convnet")):
+        options = resolved(args, convolutional)
+        assert options.grape_preset == preset
+        assert {name: getattr(options, name) for name in PRESETS[preset]} == PRESETS[preset] | {"feedback_lr": 0.5}
+        assert options == resolved(options, not convolutional), "what is resolved stays as it is"
+    assert args.to_dict() == before
+
+
+def test_what_auto_may_stand_for_contradicts_nothing_that_the_other_would_not():
+    """So that arguments can be refused before the model is known."""
+    values = [
+        *CHOICES,
+        *((name, value) for name in ("feedback_normalize", "calibration_refit") for value in (True, False)),
+    ]
+    differ = 0
+    for i, (name, value) in enumerate(values):
+        for other, second in values[i + 1 :]:
+            if {name, other} & {"grape_preset"} or name == other:
+                continue
+            refused = []
+            for convolutional in (False, True):
+                options = {"grape_preset": "convnet" if convolutional else "recommended", name: value, other: second}
+                try:
+                    GrapeArgumentsMixin(**options)
+                    refused.append(None)
+                except ValueError as error:
+                    refused.append(str(error))
+            assert refused[0] == refused[1], (name, value, other, second)
+            differ += refused[0] is not None
+    assert differ > 100, "pairs that contradict each other were among them"
+
+
+def test_options_are_read_from_arguments_that_have_the_mixin_alone(tmp_path):
+    @dataclasses.dataclass
+    class Others(TrainingArguments):
+        method: str = "pepita"
+        blocks: int = 12
+        jvp_steps: int = -1
+
+    assert options_of(Others(output_dir=str(tmp_path))) == GrapeArgumentsMixin()
+    assert options_of(SimpleNamespace(method="bp")) == GrapeArgumentsMixin()
+    ours = Decorated(output_dir=str(tmp_path), method="dfa", jvp_steps=3)
+    torch.save(ours, tmp_path / "training_args.bin")
+    loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    for args in (ours, deepcopy(ours), loaded):
+        assert options_of(args) == GrapeArgumentsMixin(method="dfa", jvp_steps=3)

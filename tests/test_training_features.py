@@ -623,9 +623,12 @@ def test_a_search_over_methods_and_presets(tmp_path):
     assert not others
     run = train(GPT2, tmp_path, more=options, **EVALUATED | LEARNED | {"max_steps": 4} | values)
     assert_same(learned, weights(run))
-    for refused, value in (("grape_preset", "paper"), ("method", "dkp"), ("method", "fa")):
-        with pytest.raises(ValueError, match=f"a hyperparameter search cannot change {refused} from .* to '{value}'"):
-            search(tmp_path / "refused", {refused: [value]}, 1)
+    # What a method or a preset implies, and what auto chooses, is filled in for each trial.
+    for name, value in (("grape_preset", "paper"), ("method", "dkp"), ("method", "dfa"), ("method", "fa")):
+        ((values, learned),) = search(tmp_path / "one", {name: [value]}, 1)
+        assert values == {name: value}
+        run = train(GPT2, tmp_path, more=options, **EVALUATED | {"max_steps": 4} | values)
+        assert_same(learned, weights(run))
     with pytest.raises(ValueError, match="calibration_interval"):
         search(tmp_path / "refused", {"calibration_interval": [-1.0]}, 1)
 

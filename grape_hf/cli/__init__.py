@@ -24,7 +24,7 @@ examples:
   grape-hf inspect outputs/demo/grape                            a folder with a config.json
   grape-hf inspect openai-community/gpt2 --batch_size 16         a model on the Hub: its configuration alone is read
   grape-hf inspect type:llama --overrides num_hidden_layers=8    a kind of transformers model, with its default sizes
-  grape-hf inspect timm:resnet18 --grape_preset convnet          a timm architecture
+  grape-hf inspect timm:resnet18                                 a timm architecture
   grape-hf inspect type:gpt2 --feedback_points 3                 any option of GrAPE: what would it change?
 """,
     "train": """\
@@ -44,6 +44,7 @@ done are kept: start again to go on, or a second time beside it to share the wor
 examples:
   grape-hf compare demo.yaml                                         bp, dfa and grape; some minutes on one core
   grape-hf compare image_classification/digits.yaml --seeds 0 1 2
+  grape-hf compare demo.yaml --methods bp dfa_identity grape         DFA with a fixed identity, dfa: fixed random
   grape-hf compare my.yaml --methods bp grape --learning_rates bp=3e-3 grape=5e-3
 """,
     "plot": """\
@@ -134,7 +135,9 @@ def make_parser(with_options: bool = True) -> argparse.ArgumentParser:
     command = add("compare", compare, "Train with several methods side by side; write a table, plots and a report.")
     command.add_argument("config", help="a recipe's file of options, as for train")
     command.add_argument("--recipe", choices=("text", "images"), help="default: told from the options in the file")
-    command.add_argument("--methods", nargs="+", default=["bp", "dfa", "grape"], help="default: bp dfa grape")
+    command.add_argument(
+        "--methods", nargs="+", default=["bp", "dfa", "grape"], help="values of method; default: bp dfa grape"
+    )
     command.add_argument("--seeds", nargs="+", type=int, help="default: the file's")
     command.add_argument("--learning_rates", nargs="+", metavar="METHOD=RATE", default=[], help="default: the file's")
     command.add_argument("--output", type=Path, help="folder (default: outputs/compare/ and the file's name)")

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from grape_hf.core.blocks import ends
 from grape_hf.engine.run import GrapeRun
+from grape_hf.reports.progress import chosen_preset
 from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
 
 logger = logging.getLogger(__name__)
@@ -54,12 +55,13 @@ class Inspection:
         boundaries: h_1 .. h_{L-1}, and last the output of block L.
         space: where the error is measured; ``n_y`` is how many numbers it has there.
         init: the start of B_l.
-        options: GrAPE's, filled in.
+        options: GrAPE's, those that were not given with their values for this model.
         jvp_mode: how tangents are computed, None where B_l is not learned from them; ``jvp_reason`` says why.
         samples: in the batch, and how many of them an estimate is made on.
         flops: operations of a ``bp`` step, of a ``star`` and of an ``estimate``.
         memory: bytes by what takes them.
         counted_on: ``meta`` or ``cpu``.
+        preset: which settings ``options`` has, and why.
     """
 
     model: str
@@ -74,6 +76,7 @@ class Inspection:
     flops: dict[str, float]
     memory: dict[str, int]
     counted_on: str
+    preset: str
 
     @property
     def step_cost(self) -> float:
@@ -121,7 +124,8 @@ def inspect_model(
         logger.info(f"The model does not run on the meta device: {error!r}")
         found = None
     if found is not None:
-        return dataclasses.replace(found, options=options)
+        limit = options.feedback_size_limit
+        return dataclasses.replace(found, options=dataclasses.replace(found.options, feedback_size_limit=limit))
     model, batch = make("cpu")
     few = {name: value[:SAMPLES_ON_CPU] for name, value in batch.items()}
     result = _inspect(model, few, options, batch_size, "cpu")
@@ -148,6 +152,7 @@ def _inspect(
         return output.logits.square().mean() if getattr(output, "loss", None) is None else output.loss
 
     run = GrapeRun(model, options)
+    given, options = options.grape_preset, run.options
     if run.single_block:
         raise ValueError(f"{type(model).__name__} has a single block and so no feedback point: GrAPE is BP here.")
     shapes: list[tuple[int, ...]] = []
@@ -227,6 +232,7 @@ def _inspect(
             "delta": int(largest * scale),
         },
         counted_on=device,
+        preset=chosen_preset(options) if given == "auto" else f'grape_preset="{given}", as asked for.',
     )
 
 

@@ -31,6 +31,7 @@ def describe(found: Inspection, name: str, batch: str) -> str:
         f"Batch: {batch}. Errors are measured in {found.space} space, {found.n_y:,} numbers.",
         "",
         f"{points + 1} blocks, {points} feedback points",
+        f"Settings: {found.preset}",
         *_table(found.boundaries),
         f"B_l together: {_bytes(found.memory['feedback'])} (feedback_size_limit={options.feedback_size_limit:g} GiB)"
         + (": training is refused" if found.memory["feedback"] > options.feedback_size_limit * 2**30 else ""),

@@ -5,7 +5,8 @@ does not suit the model is refused. Nothing here is remembered from step to step
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from grape_hf.core.feedback import FeedbackInit, initial_feedback
 from grape_hf.core.layout import Layout
 from grape_hf.core.shortcut import shortcut_feedback
 from grape_hf.engine.probe import BatchNotFirstError, Probe, look
-from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
+from grape_hf.training_args import BASELINES, ESTIMATING, GrapeArgumentsMixin, options_of, resolved
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +254,28 @@ class FeedbackPoints:
         if (output or self.blocks[-1]) in self._encoder:
             return set()
         return {index for index, block in enumerate(self.blocks[:-1]) if block in self._encoder}
+
+
+def options_for(model: nn.Module, args: Any) -> GrapeArgumentsMixin:
+    """Return GrAPE's options with nothing left open: those not given have the values for this model.
+
+    Args:
+        model: the model, whose blocks say what ``grape_preset="auto"`` stands for.
+        args: training arguments of any kind, or GrAPE's options; they stay as they are.
+
+    Raises:
+        ValueError: if no blocks are found, or options contradict each other.
+    """
+    options = options_of(args)
+    # Of other methods the presets' values make no difference, and the model need not have blocks.
+    if options.grape_preset != "auto" or options.method in ("bp", *BASELINES):
+        return resolved(options)
+    return resolved(options, are_convolutional(find_blocks(model, options.blocks).values()))
+
+
+def are_convolutional(blocks: Iterable[nn.Module]) -> bool:
+    """Return whether there are convolutions over maps or volumes in the blocks."""
+    return any(isinstance(m, nn.Conv2d | nn.Conv3d) for block in blocks for m in block.modules())
 
 
 def feedback_blocks(blocks: dict[str, nn.Module], points: int) -> dict[str, nn.Module]:

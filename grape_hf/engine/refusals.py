@@ -7,7 +7,7 @@ Which devices and processes go with direct feedback is ``parallelism.py``'s busi
 from typing import TYPE_CHECKING
 
 from grape_hf.engine.parallelism import refuse_parallelism
-from grape_hf.training_args import BASELINES, METHOD_OPTIONS, GrapeArgumentsMixin
+from grape_hf.training_args import BASELINES, GrapeArgumentsMixin
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -41,27 +41,6 @@ def refuse_settings(trainer: "Trainer", options: GrapeArgumentsMixin) -> None:
             "is not given, cuts the gradients of blocks whose inputs need none, as all inputs of blocks do here. "
             'Say {"use_reentrant": False}, which is the default where nothing is said.'
         )
-
-
-def refuse_search(before: GrapeArgumentsMixin, options: GrapeArgumentsMixin) -> None:
-    """Refuse a trial of a hyperparameter search that changes an option which stands for others.
-
-    Args:
-        before: the options until this trial.
-        options: the trial's.
-
-    Raises:
-        ValueError: if it changes ``grape_preset``, or ``method`` from or to one that implies other options.
-    """
-    # Other methods differ in no option but `method` itself.
-    implying = METHOD_OPTIONS.keys() & {before.method, options.method}
-    for name, cannot in {"grape_preset": True, "method": bool(implying)}.items():
-        if cannot and getattr(options, name) != getattr(before, name):
-            raise ValueError(
-                f"a hyperparameter search cannot change {name} from {getattr(before, name)!r} to "
-                f"{getattr(options, name)!r}: the options that these stand for were filled in when the arguments "
-                "were made. Search over those options, or make a search for each value."
-            )
 
 
 def _refuse_with_baseline(trainer: "Trainer", method: str) -> None:

@@ -34,7 +34,7 @@ from grape_hf.core.star import Matrix
 from grape_hf.core.tangents import ForwardModeError, JvpMode
 from grape_hf.engine.calibration import CalibrationSchedule
 from grape_hf.engine.drift import DriftGuard
-from grape_hf.engine.points import FeedbackPoints
+from grape_hf.engine.points import FeedbackPoints, are_convolutional, options_for
 from grape_hf.engine.probe import read_position
 from grape_hf.engine.ranks import ALONE, Ranks, is_sharded
 from grape_hf.engine.samples import Sampler
@@ -52,7 +52,7 @@ class GrapeRun:
 
     Args:
         model: the model; hooks are attached by ``start`` and taken off by ``close``.
-        options: GrAPE's options.
+        options: GrAPE's options; those that are not given get their values for this model (``options_for``).
         seed: seed of the estimates, of a gaussian start and of the calibration schedule.
         ranks: the processes that train this model together, each on its share of the batch.
         restartable: keep what a step started from until the next one, so that a ``save`` in the middle of a step
@@ -73,16 +73,12 @@ class GrapeRun:
         ranks: Ranks = ALONE,
         restartable: bool = False,
     ) -> None:
+        options = options_for(model, options)
         self.model, self.options, self.seed = model, options, seed
         self.ranks, self.restartable, self.sharded = ranks, restartable, is_sharded(model)
         self._points = FeedbackPoints(model, options)
         self.block_names, self.blocks = self._points.names, self._points.blocks
-        kinds = (nn.Conv2d, nn.Conv3d)
-        self._convolutional = any(isinstance(m, kinds) for block in self.blocks for m in block.modules())
-        if self._convolutional and options.method == "grape" and options.grape_preset == "recommended":
-            logger.info(
-                'GrAPE: the recommended settings are for Transformers; for convolutions try grape_preset="convnet".'
-            )
+        self._convolutional = are_convolutional(self._points.chain)
         self._batch_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
         self.calls = Calls(model, self._points.chain, self._points.encoder_blocks)
         self.current_step: int | None = None
@@ -579,7 +575,6 @@ class GrapeRun:
         return {
             "schedule": self.schedule.state_dict(),
             "jvp_mode": self.jvp_mode,
-            "seed": self.seed,
             "read_at": self.boundaries.read_at,
             "skipped": self.feedback.guard.state_dict(),
             "drift": self.drift.state_dict(),

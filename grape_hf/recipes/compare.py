@@ -23,11 +23,14 @@ import yaml
 
 import grape_hf
 from grape_hf.recipes.cells import Cells, end_of_output, run_recipe
+from grape_hf.reports.card_texts import method_label
 from grape_hf.reports.cards import write_card
 from grape_hf.reports.figures import figures
 
 PACKAGE = Path(grape_hf.__file__).parents[1]
 METHODS = ("bp", "dfa", "grape")
+# What can be compared beside the values of `method`.
+VARIANTS = {"dfa_identity": {"method": "dfa", "feedback_init": "identity"}}
 _TAIL = 20  # lines of a failed run's output that are kept
 # The last of these stand in the table: what was logged, and what the column is called.
 _LOGGED = {
@@ -42,7 +45,7 @@ class Run:
     """One run of the comparison.
 
     Attributes:
-        method: its method.
+        method: its method, or a name of ``VARIANTS``.
         seed: of weights and batches.
         folder: where it leaves what a recipe leaves.
         options: all of the recipe's options.
@@ -52,6 +55,11 @@ class Run:
     seed: int
     folder: Path
     options: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """What the report calls the method: "DFA, fixed identity"."""
+        return method_label({"method": self.method} | self.options)
 
 
 def parse_rates(pairs: Sequence[str]) -> dict[str, float]:
@@ -80,7 +88,7 @@ def compare(
         config: the recipe's file of options.
         recipe: its module, which the processes run.
         output: folder of the comparison.
-        methods: values of ``method``.
+        methods: values of ``method``, or names of ``VARIANTS``.
         seeds: default: the file's.
         rates: learning rate of each method whose rate is not the file's.
 
@@ -103,7 +111,8 @@ def compare(
             seed,
             folder := output / (method if len(seeds) == 1 else f"{method}-seed{seed}"),
             options
-            | {"method": method, "seed": seed, "output_dir": str(folder)}
+            | VARIANTS.get(method, {"method": method})
+            | {"seed": seed, "output_dir": str(folder)}
             | ({"learning_rate": rates[method]} if method in rates else {}),
         )
         for method in methods
@@ -144,11 +153,11 @@ def train(recipe: str, run: Run, cells: Cells, lock: int) -> None:
 
 def write_report(config: Path, runs: Sequence[Run], results: Mapping[Path, dict[str, Any]], output: Path) -> Path:
     """Write the table as Markdown, the pictures if matplotlib is there, and the models' cards."""
-    methods = list(dict.fromkeys(run.method for run in runs))
+    methods = list(dict.fromkeys(run.label for run in runs))
     seeds = sorted({run.seed for run in runs})
     first = results[runs[0].folder]["results"]
     lines = [
-        f"# {', '.join(methods)} on the {first.get('dataset', 'same data')}",
+        f"# {'; '.join(methods)} on the {first.get('dataset', 'same data')}",
         "",
         f"Settings of `{config.name}`, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}: every method "
         f"starts from the same weights and sees the same batches, for {results[runs[0].folder]['steps']:,} steps. The "
@@ -162,7 +171,7 @@ def write_report(config: Path, runs: Sequence[Run], results: Mapping[Path, dict[
     except ImportError as error:
         lines += ["", f"No plots: {error}"]
     else:
-        names = {run: run.method if len(seeds) == 1 else f"{run.method}, seed {run.seed}" for run in runs}
+        names = {run: run.label if len(seeds) == 1 else f"{run.label}, seed {run.seed}" for run in runs}
         histories = {names[run]: read_history(run.folder) for run in runs}
         if values := values_to_draw(histories):
             plot_curves(histories, output / "curves.png", values)
@@ -184,6 +193,7 @@ def write_report(config: Path, runs: Sequence[Run], results: Mapping[Path, dict[
 def make_table(runs: Sequence[Run], results: Mapping[Path, dict[str, Any]]) -> str:
     """Write a row for each method: its figures, what it logged of its feedback at last, and the time of a step."""
     found = {method: [results[r.folder] for r in runs if r.method == method] for method in (r.method for r in runs)}
+    labels = {run.method: run.label for run in runs}
     everything = [result for of_method in found.values() for result in of_method]
     counts = ("_samples", "_tokens", "_words")
     names = [
@@ -197,7 +207,7 @@ def make_table(runs: Sequence[Run], results: Mapping[Path, dict[str, Any]]) -> s
         shown = [_mean([result["results"][name] for result in of_method]) for name in names]
         shown += [_mean([r["logged"][name] for r in of_method if name in r["logged"]]) for name in logged]
         seconds = _mean([1 / result["results"]["train_steps_per_second"] for result in of_method])
-        rows.append([method, f"{rate:g}", *shown, seconds])
+        rows.append([labels[method], f"{rate:g}", *shown, seconds])
     return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows])
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -86,6 +87,19 @@ class ModelArguments:
         metadata={
             "help": "More of the model's configuration, as `name=value,name=value` or, in a YAML file, a mapping; e.g. "
             "`resid_pdrop=0,tie_word_embeddings=false`."
+        },
+    )
+    # As trl calls them.
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train LoRA adapters on model_name_or_path, and nothing else of it."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapters' output is scaled by this over lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the modules that get an adapter, e.g. q_proj v_proj. Default: peft's for the model."
         },
     )
 
@@ -165,13 +179,17 @@ def load_tokenizer(
     return AutoTokenizer.from_pretrained(training_args.output_dir)
 
 
-def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, context: int) -> PreTrainedModel:
-    """Load the pretrained model that was named, or make one of the shape asked for, in float32.
+def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, context: int) -> PreTrainedModel | PeftModel:
+    """Load the pretrained model that was named, with adapters if asked for, or make one of the shape asked for.
+
+    Weights are float32.
 
     Raises:
-        ValueError: an override that the configuration does not know, a context beyond the model's positions, or a model
-            that is not a language model.
+        ValueError: an override that the configuration does not know, a context beyond the model's positions, a model
+            that is not a language model, or adapters for a model that is not pretrained.
     """
+    if args.use_peft and not args.model_name_or_path:
+        raise ValueError("use_peft trains adapters on a pretrained model: name one by model_name_or_path.")
     if args.model_name_or_path:
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
         limit = getattr(model.config, "max_position_embeddings", None)
@@ -179,7 +197,7 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, context
             raise ValueError(
                 f"context={context}: {args.model_name_or_path} has {limit} positions. Set --context {limit}."
             )
-        return model
+        return with_adapters(model, args) if args.use_peft else model
     defaults = AutoConfig.for_model(args.model_type)
     shape: dict[str, Any] = {
         "hidden_size": args.hidden_size,
@@ -202,6 +220,19 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, context
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(args.model_type, **shape | overrides))
     check_predicts_next_token(model)
     return model
+
+
+def with_adapters(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
+    """Put LoRA adapters on a model; all else of it is frozen."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules,
+        fan_in_fan_out=model.config.model_type == "gpt2",  # whose linear layers keep their weights transposed
+    )
+    return get_peft_model(model, config)
 
 
 def check_predicts_next_token(model: PreTrainedModel) -> None:

@@ -40,7 +40,8 @@ def loading(record: RunRecord, task: str | None) -> tuple[str, str]:
         kinds["image_processor"] = "AutoImageProcessor"  # made from the configuration alone
     name = record.args.hub_model_id or record.card.data.get("model_name") or "path/to/the/model"
     repository = json.dumps(str(name), ensure_ascii=False)
-    note, first = "With transformers alone; the name is that of a folder or of the repository on the Hub:", []
+    needs = "transformers and peft" if record.adapter else "transformers alone"
+    note, first = f"With {needs}; the name is that of a folder or of the repository on the Hub:", []
     if record.config.get("model_type") == "timm_wrapper":
         from grape_hf.vision import loading_note  # needs timm, as the model does
 

@@ -1,6 +1,8 @@
 """What a model card says of each method: three sentences, tags for the Hub, and whom to cite."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 _PAPER = "Scaling Direct Feedback Learning with Jacobian Alignment Guarantees"
 _URL = "https://openreview.net/forum?id=kasbbmwk3s"
@@ -27,6 +29,20 @@ class MethodText:
     reference: str
     tags: tuple[str, ...]
     bibtex: str = ""
+
+
+# What the matrices of DFA are, by the start that they stay at; `auto` is one of the first two.
+FIXED = {"identity": "fixed identity", "gaussian": "fixed random", "zero": "fixed zero", "auto": "fixed"}
+
+
+def method_label(options: Mapping[str, Any]) -> str:
+    """Name a method in a table: of DFA it matters what its matrices are ("DFA, fixed random").
+
+    Args:
+        options: of a run, as a recipe's file gives them.
+    """
+    method = str(options.get("method", "grape"))
+    return f"DFA, {FIXED[options.get('feedback_init') or 'gaussian']}" if method == "dfa" else method
 
 
 # Method "bp" has none: its card is the stock Trainer's.

@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError("Plots need matplotlib: pip install 'grape_hf[plot]'.") from error
 
-from grape_hf.reports.log_names import PREFIX, current_names
+from grape_hf.reports.log_names import PREFIX
 
 History = Sequence[Mapping[str, Any]]
 Kind = Literal["estimate", "exact"]
@@ -70,7 +70,7 @@ def alignment_table(history: History, kind: Kind = "estimate") -> tuple[list[int
         a step lacks one. All empty if nothing was logged.
     """
     prefix = f"{PREFIX}alignment/{kind}/"
-    entries = [entry for entry in current_names(history) if any(key.startswith(prefix) for key in entry)]
+    entries = [entry for entry in history if any(key.startswith(prefix) for key in entry)]
     keys = dict.fromkeys(key for entry in entries for key in entry if key.startswith(prefix))  # in order, each once
     keys.pop(prefix.removesuffix("/") + _MEANS, None)
     values = np.array([[entry.get(key, np.nan) for entry in entries] for key in keys], dtype=float)
@@ -87,7 +87,7 @@ def values_to_draw(runs: Mapping[str, History]) -> list[str]:
 def calibration_steps(history: History) -> list[int]:
     """Find the steps at which a calibration was first seen in the log: it took place there or since the last entry."""
     steps, before = [], 0
-    for entry in current_names(history):
+    for entry in history:
         if entry.get("grape/calibration/steps", before) > before:
             steps.append(int(entry["step"]))
             before = entry["grape/calibration/steps"]

@@ -1,14 +1,27 @@
-"""Loss, alignment and share of backpropagation on the Trainer's progress bar, and in its table in notebooks.
+"""What is shown of a run: which settings it took, then loss, alignment and share of backpropagation as it goes on.
 
-The Trainer's own callback makes the bar or the table, and prints whatever is logged; with ``disable_tqdm`` there is
-neither, and nothing is shown here.
+The settings are one line at the start, where ``grape_preset="auto"`` has chosen them. The figures stand on the
+Trainer's progress bar, and in its table in notebooks. The Trainer's own callback makes the bar or the table, and prints
+whatever is logged; with ``disable_tqdm`` there is neither, and no figures are shown here.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import IntervalStrategy
+
+from grape_hf.engine.points import options_for
+from grape_hf.reports.log_names import PRESET
+from grape_hf.training_args import BASELINES, GrapeArgumentsMixin, options_of
 
 # What is shown of the log, and what it is called on the bar and in the table. The estimate is made more often.
 _ALIGNMENT = ("grape/alignment/estimate/mean", "grape/alignment/exact/mean")
@@ -24,6 +37,32 @@ class ProgressFigures(TrainerCallback):
 
     def __init__(self, callbacks: Sequence[TrainerCallback]) -> None:
         self._callbacks = callbacks
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Say which settings ``auto`` has chosen, and note it in the log, where a model card finds it later."""
+        given = options_of(args)
+        if model is None or given.grape_preset != "auto" or given.method in ("bp", *BASELINES):
+            return
+        options = options_for(model, args)
+        if not any(PRESET in entry for entry in state.log_history):  # as in a run that resumes
+            state.log_history.insert(0, {PRESET: options.grape_preset, "step": 0})
+        if state.is_world_process_zero:
+            self._show(f"GrAPE: {chosen_preset(options)}")
+
+    def _show(self, line: str) -> None:
+        for callback in self._callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if isinstance(callback, ProgressCallback) and bar is not None:
+                bar.write(line)
+            elif isinstance(callback, PrinterCallback) or getattr(callback, "training_tracker", None) is not None:
+                print(line)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the last figures beside the bar, or in a notebook in the row that was just written."""
@@ -57,6 +96,16 @@ class ProgressFigures(TrainerCallback):
             for name, text in shown.items():
                 last[columns.index(name)] = text
             tracker.display()
+
+
+def chosen_preset(options: GrapeArgumentsMixin) -> str:
+    """Say which settings ``grape_preset="auto"`` has chosen, and why, in one line.
+
+    Args:
+        options: GrAPE's options for the model.
+    """
+    found = "convolutions in the blocks" if options.grape_preset == "convnet" else "no convolutions in the blocks"
+    return f'grape_preset="{options.grape_preset}", as there are {found}.'
 
 
 def figures(logs: Mapping[str, Any]) -> dict[str, str]:

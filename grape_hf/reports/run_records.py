@@ -21,8 +21,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modelcard import TASK_MAPPING, TrainingSummary
 
 from grape_hf.reports.figures import best_step, figures, final_results, read_json
-from grape_hf.reports.log_names import current_names, log_names
-from grape_hf.training_args import GrapeArgumentsMixin, options_of
+from grape_hf.reports.log_names import PRESET, log_names
+from grape_hf.training_args import GrapeArgumentsMixin, options_of, resolved
 
 # Arguments of TrainingSummary.from_trainer that create_model_card knows too.
 _SUMMARISED = (
@@ -62,7 +62,7 @@ class RunRecord:
     Attributes:
         folder: where it left its files.
         args: the training arguments.
-        options: GrAPE's options, filled in.
+        options: GrAPE's options, those that were not given with their values for the model.
         summary: what the stock Trainer's card would say.
         card: the card that lies in the folder, or the stock one.
         history: the Trainer's log.
@@ -76,6 +76,7 @@ class RunRecord:
         latest: what has not been logged yet, under the names of the log.
         blocks: at whose outputs h_1 .. h_{L-1} are; empty where unknown.
         single_block: whether there was no feedback point at all.
+        adapter: the configuration of the adapter that was trained, as peft saves it; empty where it was no adapter.
     """
 
     folder: Path
@@ -94,6 +95,7 @@ class RunRecord:
     latest: dict[str, float] = field(default_factory=dict)
     blocks: list[str] = field(default_factory=list)
     single_block: bool = False
+    adapter: Mapping[str, Any] = field(default_factory=dict)
 
 
 def record_of(trainer: Any, given: Mapping[str, Any]) -> RunRecord:
@@ -111,7 +113,9 @@ def record_of(trainer: Any, given: Mapping[str, Any]) -> RunRecord:
     named |= {"license": card.data.get("license") or "unknown", "tags": None}
     model = trainer.accelerator.unwrap_model(trainer.model)
     model = getattr(model, "_orig_mod", model)
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+    adapter: dict[str, Any] = {}
+    if hasattr(model, "get_base_model"):
+        adapter, model = model.active_peft_config.to_dict(), model.get_base_model()
     start = str(getattr(model.config, "_name_or_path", ""))
     run = trainer._run
     history = trainer.state.log_history
@@ -137,6 +141,7 @@ def record_of(trainer: Any, given: Mapping[str, Any]) -> RunRecord:
         latest={name: float(value) for name, value in log_names(run.metrics).items()} if run is not None else {},
         blocks=run.block_names if run is not None else [],
         single_block=run is not None and run.single_block,
+        adapter=adapter,
     )
 
 
@@ -145,14 +150,16 @@ def read_record(folder: str | Path) -> RunRecord:
 
     Args:
         folder: holds ``trainer_state.json``, ``training_args.bin`` (a pickle: of folders you trust) and
-            ``config.json``; ``all_results.json`` and a ``README.md`` are read where they are.
+            ``config.json``, or of an adapter ``adapter_config.json``; ``all_results.json`` and a ``README.md`` are
+            read where they are.
 
     Raises:
         FileNotFoundError: if one of the first three is missing.
         ValueError: if the run was none of ``GrapeTrainer``.
     """
     folder = Path(folder)
-    needed = ("trainer_state.json", "training_args.bin", "config.json")
+    adapter = read_json(folder / "adapter_config.json")
+    needed = ("trainer_state.json", "training_args.bin", *(() if adapter else ("config.json",)))
     if missing := [name for name in needed if not (folder / name).is_file()]:
         raise FileNotFoundError(
             f"{folder}: expected the folder of a finished run or a checkpoint, found no {', no '.join(missing)}. "
@@ -160,13 +167,14 @@ def read_record(folder: str | Path) -> RunRecord:
         )
     args = torch.load(folder / "training_args.bin", map_location="cpu", weights_only=False)
     state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-    history = current_names(state.log_history)
-    if not hasattr(args, "method") and not any("grape/calibration/steps" in entry for entry in history):
+    history = state.log_history
+    if not isinstance(args, GrapeArgumentsMixin) and not any("grape/calibration/steps" in entry for entry in history):
         raise ValueError(
             f"{folder}: expected a run of GrapeTrainer, found {type(args).__name__} without GrAPE's options and a log "
             "without its entries. Nothing says that it was trained by other than the stock Trainer."
         )
-    config = read_json(folder / "config.json")
+    # That of an adapter's base is known where the base is a folder.
+    config = read_json((Path(adapter["base_model_name_or_path"] or "") if adapter else folder) / "config.json")
     saved = read_json(folder / "all_results.json")
     readme = folder / "README.md"
     known = Card.load(readme) if readme.is_file() else None
@@ -186,7 +194,7 @@ def read_record(folder: str | Path) -> RunRecord:
     return RunRecord(
         folder=folder,
         args=args,
-        options=options_of(args),
+        options=resolved(options_of(args), any(entry.get(PRESET) == "convnet" for entry in history)),
         summary=summary,
         card=known or Card(summary.to_model_card()),
         history=history,
@@ -196,6 +204,7 @@ def read_record(folder: str | Path) -> RunRecord:
         architecture=architecture,
         config=config,
         preprocessor=_saved_preprocessor(folder),
+        adapter=adapter,
         # They are nowhere else without making the model.
         blocks=re.findall(r"^\| h_\d+ \| `([^`|]+)` \|", known.text, flags=re.MULTILINE) if known else [],
     )

@@ -78,7 +78,7 @@ def examine(tiny: TinyModel) -> dict[str, Any]:
         )  # transformers attaches hooks of its own in a first forward that returns router logits
     hooks = count_hooks(model)
     try:
-        run = GrapeRun(model, GrapeTrainingArguments(use_cpu=True, report_to=[]))
+        run = GrapeRun(model, GrapeTrainingArguments(grape_preset="recommended", use_cpu=True, report_to=[]))
         row |= {"blocks": len(run.blocks), "first": next(iter(find_blocks(model)))}
         if not run.single_block:
             run.start(lambda: model(**stack(samples)))
@@ -204,6 +204,7 @@ def train(tiny: TinyModel, model: nn.Module, samples: list[Batch]) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         arguments = GrapeTrainingArguments(
             output_dir=folder,
+            grape_preset="recommended",  # a point after every block, in convolutional networks too
             max_steps=10,
             per_device_train_batch_size=len(samples),
             learning_rate=LEARNING_RATE,

@@ -30,7 +30,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
 from grape_hf.recipes.cells import Cells
-from grape_hf.reports.log_names import current_names
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -229,18 +228,19 @@ def report(study: dict[str, Any], finished: Cells, folder: Path) -> None:
         "alignment at the end, h_1 .. h_5 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
+    names = study["labels"]
     for method, cells in best.items():
         values = [cell["perplexity"] for cell in cells]
         first = {r["learning_rate"]: r for r in results if r["method"] == method and r["seed"] == study["seeds"][0]}
         by_rate = ", ".join(f"{first[r]['perplexity']:.1f}" if r in first else "-" for r in rates)
         ratio = f"{mean(cells) / bp:.3f}" if bp else "-"
         lines.append(
-            f"| {method} | {cells[0]['learning_rate']:g} | {len(cells)} | {mean(cells):.1f} "
+            f"| {names.get(method, method)} | {cells[0]['learning_rate']:g} | {len(cells)} | {mean(cells):.1f} "
             f"({min(values):.1f}-{max(values):.1f}) | {ratio} | {by_rate} | {last_alignment(cells[0])} |"
         )
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    plot(best, study["context"], folder / "curves.png")
+    plot({names.get(method, method): cells for method, cells in best.items()}, study["context"], folder / "curves.png")
 
 
 def at_best_rate(results: list[dict[str, Any]], method: str) -> list[dict[str, Any]]:
@@ -260,7 +260,7 @@ def mean(cells: list[dict[str, Any]]) -> float:
 
 def last_alignment(cell: dict[str, Any]) -> str:
     """The last exact alignment of each boundary that was logged."""
-    logged = [entry for entry in current_names(cell["log_history"]) if "grape/alignment/exact/mean" in entry]
+    logged = [entry for entry in cell["log_history"] if "grape/alignment/exact/mean" in entry]
     if not logged:
         return "-"
     names = [name for name in logged[-1] if name.startswith("grape/alignment/exact/h_")]

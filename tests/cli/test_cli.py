@@ -227,6 +227,15 @@ class TestCompare:
         }
         assert make_table(runs, results).splitlines()[-1] == "| bp | 0.001 | 2.5 (2 to 3) | 0.25 |"
 
+    def test_a_fixed_identity_is_compared_and_named_so(self, config: Path, tmp_path: Path):
+        words = ["compare", str(config), "--methods", "dfa_identity", "--output", str(tmp_path)]
+        assert main(words) == 0
+        options = yaml.safe_load((tmp_path / "dfa_identity" / "options.yaml").read_text())
+        assert (options["method"], options["feedback_init"]) == ("dfa", "identity")
+        assert "| DFA, fixed identity | " in (tmp_path / "report.md").read_text()
+        module = recipes.load("compare")
+        assert module.Run("dfa", 0, tmp_path, {"method": "dfa"}).label == "DFA, fixed random"
+
 
 class TestPlotAndCard:
     def test_one_run_is_drawn_into_its_folder(self, run: Path, capsys: pytest.CaptureFixture[str]):

@@ -11,7 +11,7 @@ from test_trainer import CHECKPOINTING
 from torch import nn
 
 from grape_hf import GrapeArgumentsMixin
-from grape_hf.training_args import BASELINES, METHOD_OPTIONS
+from grape_hf.training_args import BASELINES, METHOD_OPTIONS, resolved
 
 METHODS: dict[str, dict[str, Any]] = {
     "fa": {"method": "fa"},
@@ -144,11 +144,11 @@ def test_evaluation_in_between_changes_nothing(tmp_path):
 def test_a_method_implies_options_and_a_value_given_wins(method):
     implied = METHOD_OPTIONS[method]
     for preset in ("recommended", "paper"):
-        options = GrapeArgumentsMixin(method=method, grape_preset=preset)
+        options = resolved(GrapeArgumentsMixin(method=method, grape_preset=preset))
         assert {name: getattr(options, name) for name in implied} == implied
     if method not in BASELINES:
         given = {"feedback_space": "hidden", "feedback_init": "identity", "feedback_lr": 0.3, "jvp_steps": 5}
-        options = GrapeArgumentsMixin(method=method, calibration_strategy="epoch", **given)
+        options = resolved(GrapeArgumentsMixin(method=method, calibration_strategy="epoch", **given))
         assert {name: getattr(options, name) for name in given} == given
         assert options.calibration_strategy == "epoch"
 

@@ -9,15 +9,40 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
-from helpers import LEARNED, OnEvent, logged, make_trainer
-from problems import GPT2
-from transformers import ProgressCallback, Trainer
+import torch
+import torch.nn.functional as F
+from helpers import LEARNED, OnEvent, logged, make_trainer, train
+from problems import GPT2, Problem
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from grape_hf.reports.log_names import PREFIX, current_names, log_names
+from grape_hf.reports.log_names import PRESET, log_names
 from grape_hf.reports.progress import ProgressFigures
 
 CALIBRATED = LEARNED | {"calibration_strategy": "steps", "calibration_interval": 4}
 SMALL = {"max_steps": 8, "logging_steps": 2}
+
+
+class Convolutions(nn.Module):
+    """Two convolutions and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Tanh()) for _ in range(2))
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        for block in self.blocks:
+            x = block(x)
+        logits = self.fc(x.flatten(1))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def picture(generator: torch.Generator) -> dict[str, Tensor]:
+    return {"x": torch.rand(1, 4, 4, generator=generator), "labels": torch.randint(3, (), generator=generator)}
+
+
+CONVNET = Problem("convnet", Convolutions, picture)
 
 
 def test_the_bar_shows_loss_alignment_and_share_of_backpropagation(tmp_path, capfd):
@@ -98,11 +123,32 @@ def test_tensorboard_has_every_figure_under_one_prefix(tmp_path, monkeypatch):
         assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)
 
 
-def test_logs_of_earlier_runs_are_read_under_todays_names(tmp_path):
-    trainer = make_trainer(GPT2, tmp_path, **SMALL, **CALIBRATED)
-    trainer.train()
-    today = trainer.state.log_history
-    earlier = json.loads(json.dumps(today).replace(PREFIX, ""))
-    assert earlier != today
-    assert current_names(earlier) == today == current_names(today)
+def test_what_a_run_measures_of_itself_is_logged_under_one_prefix():
     assert log_names({"alignment/exact/mean": 0.5}) == {"grape/alignment/exact/mean": 0.5}
+
+
+@pytest.mark.parametrize(("problem", "preset"), [(GPT2, "recommended"), (CONVNET, "convnet")], ids=["gpt2", "convnet"])
+def test_the_settings_that_auto_has_chosen_are_said_above_the_bar_and_noted(problem, preset, tmp_path, capfd):
+    options: dict[str, Any] = {"max_steps": 2, "grape_preset": "auto"}
+    trainer = make_trainer(problem, tmp_path, disable_tqdm=False, save_strategy="steps", save_steps=1, **options)
+    trainer.train()
+    line = f'GrAPE: grape_preset="{preset}", as there are '
+    seen = capfd.readouterr()
+    assert (seen.out + seen.err).count(line) == 1
+    assert trainer.state.log_history[0] == {PRESET: preset, "step": 0}
+    saved = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    assert [entry for entry in saved["log_history"] if PRESET in entry] == trainer.state.log_history[:1]
+    resumed = train(problem, tmp_path, resume=str(tmp_path / "checkpoint-1"), **options)
+    assert [entry for entry in resumed.state.log_history if PRESET in entry] == trainer.state.log_history[:1]
+    given = train(problem, tmp_path, disable_tqdm=False, max_steps=1, grape_preset=preset)
+    assert line not in "".join(capfd.readouterr())
+    assert not any(PRESET in entry for entry in given.state.log_history)
+
+
+def test_without_a_bar_the_settings_stand_before_the_printed_log(tmp_path, capfd):
+    trainer = make_trainer(GPT2, tmp_path, grape_preset="auto", max_steps=1)
+    trainer.add_callback(PrinterCallback())  # what the stock Trainer has where there is no bar
+    trainer.train()
+    first, second, *_ = capfd.readouterr().out.splitlines()
+    assert first == 'GrAPE: grape_preset="recommended", as there are no convolutions in the blocks.'
+    assert "loss" in second
