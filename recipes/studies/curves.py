@@ -13,6 +13,7 @@ from grape_hf.reports.log_names import current_names
 
 Result = Mapping[str, Any]
 _STYLES = ("-", "--", "-.", ":")
+_FAR = 0.3  # nats above bp
 _COLOURS = (
     "#000000",
     "#0072B2",
@@ -40,7 +41,7 @@ def write_report(settings: Mapping[str, Any], grid: Grid, results: Mapping[str, 
     if not shown:
         print("No cell is finished yet.")
         return
-    bp = mean([perplexity(run) for run in shown["bp"] if "partial" not in run]) if "bp" in shown else math.nan
+    bp = mean(losses_of(shown.get("bp", [])))
     rows = [row_of(grid, results, method, runs, bp) for method, runs in shown.items()]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -72,10 +73,17 @@ def runs_of(grid: Grid, results: Mapping[str, Result], method: str) -> list[Resu
 
 
 def row_of(grid: Grid, results: Mapping[str, Result], method: str, runs: Sequence[Result], bp: float) -> dict[str, Any]:
-    """Return a method's row of the table: losses in nats per token, distances to ``bp`` in % of its perplexity."""
-    done = [run for run in runs if "partial" not in run]
-    losses = [math.inf if run["validation_loss"] is None else run["validation_loss"] for run in done]
-    above = [100 * (math.exp(loss) / bp - 1) if loss < math.inf else math.inf for loss in losses]
+    """Return a method's row of the table: losses in nats per token, distances in % of perplexity.
+
+    Args:
+        grid: the study's cells.
+        results: of all cells by name.
+        method: the method.
+        runs: at its best rate.
+        bp: the mean loss of backpropagation, NaN where it has not run.
+    """
+    done, losses = [run for run in runs if "partial" not in run], losses_of(runs)
+    above = [100 * math.expm1(loss - bp) for loss in losses]
     tests = [run["test_loss"] for run in done if "test_loss" in run]
     by_rate: dict[str, float | None] = {}
     for cell in grid.choices(method):
@@ -88,7 +96,7 @@ def row_of(grid: Grid, results: Mapping[str, Result], method: str, runs: Sequenc
         "seeds": len(done),
         "validation": mean(losses),
         "validation_range": [min(losses), max(losses)] if losses else None,
-        "above_bp": mean(above),
+        "above_bp": 100 * math.expm1(mean(losses) - bp),
         "above_bp_range": [min(above), max(above)] if above else None,
         "perplexity": math.exp(mean(losses)) if losses and mean(losses) < math.inf else math.nan,
         "test": mean(tests),
@@ -108,8 +116,8 @@ def markdown(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
         "",
         f"Loss in nats per token (BPE {data['vocab_size']:,}) of the whole validation split after "
         f"{settings['steps']:,} steps: mean and range over the seeds at the best rate, which was chosen with seed "
-        f"{settings['seeds'][0]} on that split. Above bp: of perplexity, against the mean of bp's seeds. Perplexity is "
-        "that of the mean loss.",
+        f"{settings['seeds'][0]} on that split. Above bp: of perplexity, against that of the mean loss of "
+        "bp's seeds. Perplexity is that of the mean loss.",
         "",
         "| method | rate | seeds | validation | above bp, % | perplexity | test | test perplexity | by rate | "
         "exact alignment at the end | ms a step |",
@@ -138,8 +146,12 @@ def curve_of(run: Result, settings: Mapping[str, Any]) -> dict[int, float]:
 
 
 def plot(settings: Mapping[str, Any], shown: Mapping[str, Sequence[Result]], path: Path) -> None:
-    """Draw the validation loss over steps, and how far it is above the mean of bp; seeds as a band."""
+    """Draw the validation loss over steps, and how far it is above the mean of bp; seeds as a band.
+
+    Where some method is far off, the second picture ends at 0.3 nats.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -155,6 +167,12 @@ def plot(settings: Mapping[str, Any], shown: Mapping[str, Sequence[Result]], pat
             _line(right, common, style)
     left.set(xlabel="optimiser step", ylabel="validation loss (nats per token)", xscale="log", title=settings["title"])
     right.set(xlabel="optimiser step", ylabel="above the mean of bp (nats per token)")
+    steps = sorted(step for curve in curves.values() for step in curve)
+    left.set_xticks([step for step in (100, 200, 500, 1000, 2000, 5000, 10_000) if steps[0] <= step <= steps[-1]])
+    left.xaxis.set_major_formatter(ScalarFormatter())
+    left.xaxis.set_minor_formatter(NullFormatter())
+    if right.get_ylim()[1] > 2 * _FAR:
+        right.set_ylim(top=_FAR)  # what is far off would hide how the others differ
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
@@ -180,9 +198,10 @@ def last_alignment(run: Result) -> str:
     )
 
 
-def perplexity(run: Result) -> float:
-    """Return the validation perplexity per token; infinite where the run diverged."""
-    return math.inf if run["validation_loss"] is None else math.exp(run["validation_loss"])
+def losses_of(runs: Sequence[Result]) -> list[float]:
+    """Return the validation losses of the runs that came to their end; infinite where one diverged."""
+    done = [run["validation_loss"] for run in runs if "partial" not in run]
+    return [math.inf if loss is None else loss for loss in done]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -204,7 +223,7 @@ def _completeness(run: Result) -> tuple[bool, int, bool]:
 def _number(value: float | None, digits: int) -> str:
     if value is None or value == math.inf:
         return "diverged"
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+    return "-" if math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.0
 
 
 def _range(ends: Sequence[float] | None, digits: int) -> str:

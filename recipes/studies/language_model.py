@@ -254,6 +254,7 @@ def train(study: Study, cell: Cell, blocks: dict[str, TokenBlocks], deadline: fl
     }
     if watch.late or watch.diverged:
         return result | {"partial" if watch.late else "diverged": True}
+    study.partial.finish(cell.name, result | {"partial": True})  # should time be up before the whole split is read
     result["validation_loss"] = evaluated("validation")
     result["perplexity"] = math.exp(result["validation_loss"])
     if cell.final:
@@ -272,6 +273,8 @@ def run(study: Study, cell: Cell, blocks: dict[str, TokenBlocks], deadline: floa
         print(f"{time.strftime('%H:%M')} {study.path.stem}/{cell.name} FAILED: {error}", flush=True)
         return
     (study.partial if result.get("partial") else study.cells).finish(cell.name, result)
+    if not result.get("partial"):
+        study.partial.forget(cell.name)
     loss = result["validation_loss"]
     found = f"no loss after {result['steps']} steps" if loss is None else f"{loss:.4f} nats, {math.exp(loss):.2f}"
     print(f"{time.strftime('%H:%M')} {study.path.stem}/{cell.name}: {found}, {result['seconds']} s", flush=True)
@@ -280,7 +283,8 @@ def run(study: Study, cell: Cell, blocks: dict[str, TokenBlocks], deadline: floa
 def main() -> None:
     """Run the cells that are missing, then write the reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="+", type=Path, help="YAML files, the first first")
+    default = [Path(__file__).with_suffix(".yaml")]
+    parser.add_argument("studies", nargs="*", type=Path, default=default, help="YAML files, the first first")
     parser.add_argument("--prepare", action="store_true", help="only tokenise the data")
     parser.add_argument("--report", action="store_true", help="only write tables and plots")
     parser.add_argument("--unpack", nargs="+", type=Path, default=[], help="what --out has left elsewhere")
