@@ -23,20 +23,17 @@ best with the first seed and breaks down with the others may be taken off, and i
 import argparse
 import json
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from grid import TOP, Cell, Grid, commit, fill
 from tables_report import learning_rates, write_report
 
 from grape_hf.recipes.cells import Cells, end_of_output, run_recipe
 
-TOP = Path(__file__).resolve().parents[1]
 SCRATCH = TOP / "outputs" / "tables"
 _TAIL = 60  # lines of a failed cell's output that are kept with the results
 _NOT_COMPARED = ("output_dir", "evaluate_test", "data_dir")  # where things are may differ between machines
@@ -55,21 +52,6 @@ _KNOWN = {
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run: a method at a rate with a seed, to choose the rate, or with the final figure on the test split."""
-
-    method: str
-    learning_rate: float
-    seed: int
-    final: bool = False
-
-    @property
-    def name(self) -> str:
-        """Name of the cell's file."""
-        return f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}{'-test' if self.final else ''}"
-
-
 def main() -> None:
     """Run the cells that are missing, then write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,10 +64,11 @@ def main() -> None:
         parser.error(f"no method {', '.join(unknown)} in {options.table}; it has {', '.join(table['methods'])}")
     scratch = SCRATCH / options.table.stem
     cells = Cells(TOP / table["output_dir"] / "cells", scratch / "locks")
-    check_options(table, cells)
+    grid = grid_of(table, cells, options.methods)
+    grid.refuse_changed(lambda cell: all_options(table, cell), _NOT_COMPARED)
     if not options.report:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the recipe is ended as well
-        fill(table, options.methods or list(table["methods"]), cells, scratch)
+        fill([grid], lambda _, cell, lock: run(table, cell, cells, scratch, lock))
     write_report(table, cells.all(), cells.errors(), TOP / table["output_dir"])
     if not options.report and cells.errors():
         sys.exit(f"{len(cells.errors())} cells failed: {', '.join(cells.errors())}; see {cells.results}")
@@ -109,51 +92,15 @@ def read_table(path: Path) -> dict[str, Any]:
     return defaults | table
 
 
-def check_options(table: dict[str, Any], cells: Cells) -> None:
-    """Refuse to go on from cells that were run with other options than the file has now.
+def grid_of(table: dict[str, Any], cells: Cells, methods: list[str] | None = None) -> Grid:
+    """Make the grid of a table's cells, of which those of ``methods`` (default: all) are to be run."""
 
-    Raises:
-        ValueError: with what differs.
-    """
-    for name, result in cells.all().items():
-        if result["method"] in table["methods"]:
-            cell = Cell(result["method"], result["learning_rate"], result["seed"])
-            was, now = (
-                {k: v for k, v in o.items() if k not in _NOT_COMPARED}
-                for o in (result["options"], all_options(table, cell))
-            )
-            if differing := [f"{k}: {was.get(k)!r}, now {now.get(k)!r}" for k in was | now if was.get(k) != now.get(k)]:
-                raise ValueError(
-                    f"{cells.results / name}.json was run with other options: {'; '.join(differing)}. Give the method "
-                    "another name, or delete the files of its cells."
-                )
+    def score(result: dict[str, Any]) -> float:
+        return result["validation"]
 
-
-def fill(table: dict[str, Any], methods: list[str], cells: Cells, scratch: Path) -> None:
-    """Run what is missing; wait for what others are doing only where something may follow from it."""
-    while True:
-        open_cells = [cell for cell in wanted(table, methods, cells) if not cells.settled(cell.name)]
-        if not open_cells:
-            return
-        for cell in open_cells:
-            with cells.claim(cell.name) as lock:
-                if lock is not None:
-                    run(table, cell, cells, scratch, lock)
-                    break
-        else:
-            time.sleep(2)  # all of them are somebody else's
-
-
-def wanted(table: dict[str, Any], methods: list[str], cells: Cells) -> Iterator[Cell]:
-    """Yield the cells that are to be run, in order: a method's rates with the first seed, then the best with all."""
-    for method in methods:
-        choices = [Cell(method, rate, table["seeds"][0]) for rate in learning_rates(table, method)]
-        yield from choices
-        if all(cells.settled(cell.name) for cell in choices):
-            done = [(cell, result) for cell in choices if (result := cells.read(cell.name))]
-            if done:
-                best = max(done, key=lambda pair: pair[1]["validation"])[0]
-                yield from (Cell(method, best.learning_rate, seed, final=True) for seed in table["seeds"])
+    return Grid(
+        cells, table["methods"], lambda method: learning_rates(table, method), table["seeds"], score, only=methods
+    )
 
 
 def run(table: dict[str, Any], cell: Cell, cells: Cells, scratch: Path, lock: int) -> None:
@@ -223,7 +170,7 @@ def collect(table: dict[str, Any], cell: Cell, folder: Path, trained: dict[str, 
 
 
 # Of the code as it was when this process began, whatever is committed while it runs.
-COMMIT = subprocess.run(["git", "rev-parse", "HEAD"], cwd=TOP, capture_output=True, text=True).stdout.strip()
+COMMIT = commit()
 
 if __name__ == "__main__":
     main()

@@ -49,7 +49,7 @@ class Table:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "recipes").mkdir()
-        for name in ("tables.py", "tables_report.py"):  # the copy takes its folder for the project's
+        for name in ("grid.py", "tables.py", "tables_report.py"):  # the copy takes its folder for the project's
             (folder / "recipes" / name).write_text((TOP / "recipes" / name).read_text())
         (folder / "recipes" / "little.py").write_text(RECIPE)
         (folder / "base.yaml").write_text(yaml.safe_dump({"log": str(folder / "log"), "best": 0.2}))

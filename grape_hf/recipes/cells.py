@@ -71,6 +71,10 @@ class Cells:
         self._write(self.results / f"{name}.json", json.dumps(result, indent=1) + "\n")
         self._error(name).unlink(missing_ok=True)
 
+    def forget(self, name: str) -> None:
+        """Delete a cell's result, if there is one."""
+        (self.results / f"{name}.json").unlink(missing_ok=True)
+
     def fail(self, name: str, report: str) -> None:
         """Write down how a cell failed."""
         self._failed_here.add(name)

@@ -92,17 +92,23 @@ def count_text(tokenized: Dataset) -> tuple[int, int]:
 
 
 def pack(
-    tokenized: Dataset | IterableDataset, context: int, num_proc: int | None = None, what: str = "the text"
+    tokenized: Dataset | IterableDataset,
+    context: int,
+    num_proc: int | None = None,
+    what: str = "the text",
+    rows: int = _ROWS,
 ) -> Dataset | IterableDataset:
     """Pack tokenised rows end to end into blocks of ``context`` tokens.
 
-    Each 2,000 rows are packed by themselves, and what they leave over, less than one context, is dropped.
+    Each ``rows`` rows are packed by themselves, and what they leave over, less than one context, is dropped.
 
     Args:
         tokenized: rows with ``input_ids``, as ``tokenize`` makes them.
         context: tokens in a block; the model predicts all of them but the first.
         num_proc: worker processes. Not for a stream.
         what: name of the text, for the error.
+        rows: how many rows are packed together. Data that is to be block for block that of an earlier run needs its
+            number.
 
     Returns:
         Blocks with ``input_ids`` and ``labels``, both of ``context`` tokens and equal (the models shift them) but for
@@ -119,7 +125,7 @@ def pack(
         blocks = [ids[i : i + context] for i in range(0, len(ids) - context + 1, context)]
         return {"input_ids": blocks, "labels": [[_IGNORED, *block[1:]] for block in blocks]}
 
-    blocks = _map(tokenized, concatenate, num_proc, f"Packing into blocks of {context} tokens")
+    blocks = _map(tokenized, concatenate, num_proc, f"Packing into blocks of {context} tokens", rows)
     if next(iter(blocks), None) is None:
         found = f"{count_text(tokenized)[0]:,} tokens" if isinstance(tokenized, Dataset) else "less"
         raise ValueError(
@@ -143,16 +149,18 @@ def iterate_texts(rows: Dataset | IterableDataset, column: str = "text", limit: 
         yield from batch[column]
 
 
-def _map(rows: Dataset | IterableDataset, function: Any, num_proc: int | None, desc: str) -> Dataset | IterableDataset:
+def _map(
+    rows: Dataset | IterableDataset, function: Any, num_proc: int | None, desc: str, batch_size: int = _ROWS
+) -> Dataset | IterableDataset:
     if isinstance(rows, IterableDataset):
         # What a stream's columns are is not always known before its first row.
-        return rows.map(function, batched=True, batch_size=_ROWS, remove_columns=list(next(iter(rows))))
+        return rows.map(function, batched=True, batch_size=batch_size, remove_columns=list(next(iter(rows))))
     # More workers than batches would only cut the rows into shorter pieces, each with a remainder to drop.
-    workers = min(num_proc or 1, max(1, len(rows) // _ROWS))
+    workers = min(num_proc or 1, max(1, len(rows) // batch_size))
     return rows.map(
         function,
         batched=True,
-        batch_size=_ROWS,
+        batch_size=batch_size,
         num_proc=workers if workers > 1 else None,
         remove_columns=rows.column_names,
         desc=desc,

@@ -1,0 +1,151 @@
+r"""Trainers of the studies alone: laws of an update that no user would train with, to find out what is missing.
+
+Each is chosen in a study's YAML by ``trainer: {<name>: <value>}`` among a method's options:
+
+- ``late_blocks: k``: backpropagation with the delay of a pipeline (``LateBlocks``);
+- ``first_points: k``: feedback at h_1 .. h_k, the exact gradient above (``FirstPoints``);
+- ``exact_part: name``: exact weight gradients for one part of every block (``ExactPart``).
+
+They count on one backward for each optimiser step.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grape_hf import GrapeTrainer
+from grape_hf.core.blocks import find_blocks
+
+
+class StudyTrainer(GrapeTrainer):
+    """A ``GrapeTrainer`` with one value of a study; refuses steps of several backwards."""
+
+    def __init__(self, value: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.value = value
+        if self.args.gradient_accumulation_steps != 1:
+            raise ValueError("the studies' trainers expect gradient_accumulation_steps=1.")
+
+    @property
+    def model_blocks(self) -> list[nn.Module]:
+        """The model's blocks, f_1 .. f_L."""
+        return list(find_blocks(self.model, self.args.blocks).values())
+
+
+class LateBlocks(StudyTrainer):
+    r"""Backpropagation where the first k blocks, and what feeds them, learn from the gradient of the step before.
+
+    .. math::
+        g^t = \nabla L(\theta^t; \text{batch } t), \qquad
+        \theta_{low}^{t+1} = U(\theta_{low}^t, g_{low}^{t-1}), \qquad
+        \theta_{high}^{t+1} = U(\theta_{high}^t, g_{high}^t)
+
+    ``U`` is the optimiser's step. The late gradient was taken at the weights of its own step, all of them, as in a
+    pipeline that never waits and keeps the weights that a batch went forward with. In the first step the lower weights
+    stay as they are. Clipping sees the gradients that are used. The lower weights are all those in front of block
+    k + 1: of a matrix that the head shares with the embeddings, the head's part of the gradient is in time, and the
+    embeddings' part is late.
+    """
+
+    def __init__(self, value: int, **kwargs: Any) -> None:
+        super().__init__(value, **kwargs)
+        above = {id(p) for block in self.model_blocks[value:] for p in block.parameters()}
+        head = {id(p) for p in self.model.get_output_embeddings().parameters()}
+        norm = _behind(self.model, self.model_blocks)
+        late = [p for p in self.model.parameters() if id(p) not in above | head | norm]
+        self._embeddings: nn.Embedding = self.model.get_input_embeddings()
+        shared = id(self._embeddings.weight) in head
+        if shared:
+            # The look-up's share of the gradient lands in a leaf of its own, on the same numbers.
+            self._looked_up = nn.Parameter(self._embeddings.weight.detach())
+            self._embeddings.register_forward_hook(self._look_up)
+            late.append(self._looked_up)
+        self._shared, self._late = shared, late
+        self._held: list[Tensor | None] = [None] * len(late)
+
+    def _look_up(self, module: nn.Embedding, args: tuple[Tensor], output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return output
+        if self._looked_up.data_ptr() != module.weight.data_ptr():  # the model has moved to its device
+            self._looked_up.data = module.weight.detach()
+        return F.embedding(args[0], self._looked_up)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take the stock step, and change the lower weights' gradients for those of the step before."""
+        loss = super().training_step(*args, **kwargs)
+        for i, weight in enumerate(self._late):
+            weight.grad, self._held[i] = self._held[i], weight.grad
+        if self._shared and self._looked_up.grad is not None:
+            assert self._embeddings.weight.grad is not None
+            self._embeddings.weight.grad += self._looked_up.grad
+            self._looked_up.grad = None
+        return loss
+
+
+class FirstPoints(StudyTrainer):
+    """Direct feedback at h_1 .. h_k alone: the blocks above h_k are one chain, with its exact gradient.
+
+    So block k + 1 and those behind it get what backpropagation gives them, and h_1 .. h_k get B_l e. With k = L - 1 it
+    is the star, with k = 0 backpropagation.
+    """
+
+    def _resume(self, run: Any) -> None:
+        super()._resume(run)  # called when the run has started, before its first step
+        run.drift.cuts = lambda index: index < self.value
+
+
+class ExactPart(StudyTrainer):
+    """The star, but for the weights of one part of every block, which get the exact gradient of the same batch.
+
+    The exact gradient is of a forward and a backward outside the star, at the same weights; a model with dropout would
+    draw another mask there. Parts: ``attention`` and ``mlp``, each with the norm in front of it; ``keys_values``, the
+    rows of the attention's projection that make keys and values. GPT-2's names.
+    """
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
+        """Take the exact gradients, then the star's step, and put the first in the place of the second."""
+        prepared = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, prepared, num_items_in_batch=num_items_in_batch)
+        chosen = part_of(self.model_blocks, self.value)
+        exact = torch.autograd.grad(loss, [weight for weight, _ in chosen])
+        loss = super().training_step(model, inputs, num_items_in_batch, **kwargs)
+        for (weight, columns), gradient in zip(chosen, exact, strict=True):
+            assert weight.grad is not None
+            weight.grad[..., columns] = gradient[..., columns]
+        return loss
+
+
+TRAINERS: dict[str, type[StudyTrainer]] = {
+    "late_blocks": LateBlocks,
+    "first_points": FirstPoints,
+    "exact_part": ExactPart,
+}
+
+
+def part_of(blocks: Sequence[nn.Module], part: str) -> list[tuple[nn.Parameter, slice]]:
+    """Return the weights of a part of every GPT-2 block, each with the outputs (its last dimension) that belong to it.
+
+    Raises:
+        ValueError: if there is no part of that name.
+    """
+    modules = {"attention": ("ln_1", "attn"), "mlp": ("ln_2", "mlp"), "keys_values": ("attn.c_attn",)}
+    if part not in modules:
+        raise ValueError(f"exact_part={part!r}: expected one of {', '.join(modules)}.")
+    chosen = []
+    for block in blocks:
+        for name in modules[part]:
+            for weight in block.get_submodule(name).parameters():
+                # transformers' Conv1D is (inputs, outputs), and its outputs are queries, keys and values.
+                first = weight.shape[-1] // 3 if part == "keys_values" else 0
+                chosen.append((weight, slice(first, None)))
+    return chosen
+
+
+def _behind(model: nn.Module, blocks: Sequence[nn.Module]) -> set[int]:
+    """The weights behind the last block (a norm, a head), as the modules are in order."""
+    modules, last = list(model.modules()), list(blocks[-1].modules())[-1]
+    return {id(p) for module in modules[modules.index(last) + 1 :] for p in module.parameters()}

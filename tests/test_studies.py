@@ -1,0 +1,350 @@
+"""The studies of language models: cells of a few steps, the laws of their own Trainers, what comes back from a machine.
+
+First half: gradients against oracles. Second half: which cells are run and what is made of them.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bundle
+import curves
+import language_model
+import numpy as np
+import pytest
+import torch
+import yaml
+from grid import TOP, Cell, Grid, fill
+from study_trainers import TRAINERS, ExactPart, FirstPoints, LateBlocks, part_of
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+
+from grape_hf import GrapeTrainer, GrapeTrainingArguments
+from grape_hf.recipes.cells import Cells
+
+FOLDER = TOP / "recipes" / "studies"
+STUDIES = [*sorted((FOLDER / "novels").glob("*.yaml")), FOLDER / "language_model.yaml"]
+LAYERS, CONTEXT = 4, 8
+
+
+def tiny_model() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=32,
+        n_positions=CONTEXT,
+        n_embd=16,
+        n_layer=LAYERS,
+        n_head=2,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="eager",
+    )
+    return GPT2LMHeadModel(config)
+
+
+class Watch(TrainerCallback):
+    """Keeps the gradients that each optimiser step uses, and the weights that its forward used."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_step_begin(self, *args: Any, model: GPT2LMHeadModel, **kwargs: Any) -> None:
+        self.weights.append({n: p.detach().clone() for n, p in model.named_parameters()})
+
+    def on_pre_optimizer_step(self, *args: Any, model: GPT2LMHeadModel, **kwargs: Any) -> None:
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        self.gradients.append({n: g.clone() for n, g in found.items()})
+
+
+def tokens(number: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": t, "labels": t} for t in torch.randint(0, 32, (number, CONTEXT), generator=generator)]
+
+
+def trained(folder: Path, kind: Any, steps: int = 3, **options: Any) -> tuple[GPT2LMHeadModel, Watch]:
+    model, watch = tiny_model(), Watch()
+    arguments = GrapeTrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=0.1,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        **options,
+    )
+    kind(model=model, args=arguments, train_dataset=tokens(2), callbacks=[watch]).train()
+    return model, watch
+
+
+def gradients_by_hand(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the exact gradients at these weights, and that of the look-up alone; a batch is all of the data."""
+    model = tiny_model()
+    model.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
+    batch = torch.stack([row["input_ids"] for row in tokens(2)])
+    looked_up = model.transformer.wte.weight.detach().clone().requires_grad_()
+    out = model(inputs_embeds=torch.nn.functional.embedding(batch, looked_up)).logits
+    logits = out[:, :-1].flatten(0, 1)
+    # The Trainer divides by the number of all labels, the first of which nothing predicts.
+    loss = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum") / batch.numel()
+    loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, looked_up.grad
+
+
+def is_low(name: str, k: int) -> bool:
+    return name == "transformer.wpe.weight" or any(name.startswith(f"transformer.h.{i}.") for i in range(k))
+
+
+class TestLateBlocks:
+    def test_the_lower_weights_learn_from_the_gradient_of_the_step_before(self, tmp_path: Path):
+        _, watch = trained(tmp_path, lambda **kw: LateBlocks(2, **kw), method="bp")
+        exact = [gradients_by_hand(weights) for weights in watch.weights]
+        for t, used in enumerate(watch.gradients):
+            for name, gradient in exact[t][0].items():
+                if is_low(name, 2):
+                    if t == 0:
+                        assert name not in used
+                        continue
+                    gradient = exact[t - 1][0][name]
+                if name == "transformer.wte.weight" and t > 0:  # the head's part, in time, and the look-up's, late
+                    gradient = gradient + exact[t - 1][1]
+                torch.testing.assert_close(used[name], gradient, msg=lambda text, n=name, t=t: f"{n}, {t}: {text}")
+
+    def test_nothing_is_late_where_no_block_is_low_but_the_embeddings(self, tmp_path: Path):
+        _, watch = trained(tmp_path, lambda **kw: LateBlocks(0, **kw), steps=1, method="bp")
+        assert "transformer.wpe.weight" not in watch.gradients[0]
+        assert "transformer.h.0.ln_1.weight" in watch.gradients[0]
+        assert "transformer.ln_f.weight" in watch.gradients[0]
+
+
+STAR = {"method": "dfa", "feedback_space": "hidden", "feedback_init": "identity"}
+
+
+class TestFirstPoints:
+    @pytest.mark.parametrize("k", range(LAYERS))
+    def test_exact_above_and_feedback_below(self, tmp_path: Path, k: int):
+        _, star = trained(tmp_path / "star", GrapeTrainer, steps=1, **STAR)
+        _, bp = trained(tmp_path / "bp", GrapeTrainer, steps=1, method="bp")
+        _, mixed = trained(tmp_path / "mixed", lambda **kw: FirstPoints(k, **kw), steps=1, **STAR)
+        for name, used in mixed.gradients[0].items():
+            # Identity feedback brings e to h_1 .. h_k; the embeddings' matrix is the head's as well.
+            expected = star if k > 0 and (is_low(name, k) or "wte" in name) else bp
+            torch.testing.assert_close(used, expected.gradients[0][name], msg=lambda t, n=name: f"{n}: {t}")
+
+
+class TestExactPart:
+    @pytest.mark.parametrize("part", ["attention", "mlp", "keys_values"])
+    def test_one_part_is_exact_and_the_rest_the_stars(self, tmp_path: Path, part: str):
+        _, star = trained(tmp_path / "star", GrapeTrainer, steps=1, **STAR)
+        _, bp = trained(tmp_path / "bp", GrapeTrainer, steps=1, method="bp")
+        _, mixed = trained(tmp_path / "mixed", lambda **kw: ExactPart(part, **kw), steps=1, **STAR)
+        inside = {"attention": (".ln_1.", ".attn."), "mlp": (".ln_2.", ".mlp."), "keys_values": (".c_attn.",)}[part]
+        differ = 0
+        for name, used in mixed.gradients[0].items():
+            expected = (bp if any(i in name for i in inside) else star).gradients[0][name].clone()
+            if part == "keys_values" and ".c_attn." in name:
+                expected[..., :16] = star.gradients[0][name][..., :16]
+            torch.testing.assert_close(used, expected, msg=lambda t, n=name: f"{n}: {t}")
+            differ += not torch.allclose(used, star.gradients[0][name])
+        assert differ
+
+    def test_an_unknown_part(self):
+        with pytest.raises(ValueError, match="exact_part='queries': expected one of attention, mlp, keys_values"):
+            part_of(tiny_model().transformer.h, "queries")
+
+
+class TestGrid:
+    def grid(self, folder: Path, **options: Any) -> Grid:
+        cells = Cells(folder / "cells", folder / "locks")
+        methods = {"bp": {}, "dfa": {}}
+        return Grid(cells, methods, lambda method: [1.0, 2.0], [5, 6], lambda r: -r["loss"], **options)
+
+    def names(self, grid: Grid, by_stage: bool = False) -> list[str]:
+        ran = []
+
+        def run(grid: Grid, cell: Cell, lock: int) -> None:
+            ran.append(cell.name)
+            grid.cells.finish(cell.name, {"method": cell.method, "loss": cell.learning_rate, "options": {}})
+
+        fill([grid], run, by_stage)
+        return ran
+
+    def test_stages(self, tmp_path: Path):
+        rates = [f"{method}-lr{rate}-seed5" for method in ("bp", "dfa") for rate in (1, 2)]
+        final = [[f"{method}-lr1-seed{seed}-test" for method in ("bp", "dfa")] for seed in (5, 6)]
+        assert self.names(self.grid(tmp_path), by_stage=True) == rates + final[0] + final[1]
+
+    def test_without_a_test_split_no_seed_runs_twice(self, tmp_path: Path):
+        grid = self.grid(tmp_path, test=False, only=["dfa"])
+        assert self.names(grid) == ["dfa-lr1-seed5", "dfa-lr2-seed5", "dfa-lr1-seed6"]
+
+    def test_no_cell_begins_when_time_is_up(self, tmp_path: Path):
+        fill([self.grid(tmp_path)], lambda *_: pytest.fail("a cell began"), deadline=0)
+
+
+def small_study(folder: Path, name: str = "small", **changes: Any) -> Path:
+    """Write a study of a tiny model on random blocks, and its data where a study looks for them."""
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / name),
+        "data": {"data_dir": f"random-{folder.name}-{os.getpid()}", "vocab_size": 64, "context": 8},
+        "model": {"model_type": "gpt2", "n_embd": 16, "n_layer": 3, "n_head": 2},
+        "arguments": {"per_device_train_batch_size": 4, "eval_steps": 2, "logging_steps": 2},
+        "steps": 4,
+        "eval_blocks": 16,
+        "learning_rates": [0.01, 0.001],
+        "seeds": [0, 1],
+        "methods": {"bp": {"method": "bp"}, "identity": STAR, "late": {"method": "bp", "trainer": {"late_blocks": 1}}},
+    } | changes
+    data = language_model.prepare.__globals__["folder_of"](settings["data"])
+    data.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    for split in ("train", "validation", "test"):
+        np.save(data / f"{split}.npy", generator.integers(0, 64, (64, 8)).astype(np.uint16))
+    path = folder / f"{name}-{folder.name}-{os.getpid()}.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def start(*arguments: Any) -> str:
+    command = [sys.executable, TOP / "recipes" / "studies" / "language_model.py", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOP)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=TOP)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+class TestStudies:
+    def test_two_workers_a_longer_run_and_what_they_bring(self, tmp_path: Path):
+        """The rates are chosen at 4 steps; 6 steps run at the chosen rate; all of it comes back in one file."""
+        methods = {
+            "bp": {"method": "bp"},
+            "late": {"method": "bp", "trainer": {"late_blocks": 1}, "learning_rates": [0.01]},
+        }
+        short = small_study(tmp_path, methods=methods)
+        longer = small_study(tmp_path, "longer", rates_from=short.name, steps=6, methods={"bp": {"method": "bp"}})
+        text = longer.read_text().replace("learning_rates:\n- 0.01\n- 0.001\n", "")
+        longer.write_text(text)
+        out = tmp_path / "out"
+        start(short, longer, "--workers", "2", "--seconds", "200", "--out", out)
+        cells = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "small" / "cells").glob("*.json")}
+        assert len(cells) == (2 + 2) + (1 + 2)
+        chosen = min(
+            (r for n, r in cells.items() if n.startswith("bp") and "test" not in n), key=lambda r: r["validation_loss"]
+        )
+        final = cells[f"bp-lr{chosen['learning_rate']:g}-seed0-test"]
+        assert final["validation_loss"] == chosen["validation_loss"]  # the same training
+        assert final["test_loss"] != final["validation_loss"]
+        assert [step for step, _ in final["curve"]] == [2, 4]
+        assert "test_loss" not in chosen
+        of_longer = sorted(path.stem for path in (tmp_path / "longer" / "cells").glob("*.json"))
+        rate = f"{chosen['learning_rate']:g}"
+        assert of_longer == [f"bp-lr{rate}-seed0", f"bp-lr{rate}-seed0-test", f"bp-lr{rate}-seed1-test"]
+        rows = {row["method"]: row for row in json.loads((tmp_path / "small" / "table.json").read_text())}
+        assert list(rows) == ["bp", "late"]
+        assert rows["bp"]["above_bp"] == pytest.approx(0)
+        assert rows["bp"]["seeds"] == 2
+        assert (tmp_path / "small" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+        before = {path: path.read_bytes() for path in (tmp_path / "small" / "cells").glob("*.json")}
+        for path in before:
+            path.unlink()
+        bundle.unpack(out / "cells-0.jsonl", {str(s): tmp_path / n for s, n in ((short, "small"), (longer, "longer"))})
+        assert {path: path.read_bytes() for path in before} == before
+
+    def test_a_cell_whose_time_is_up_leaves_its_curve(self, tmp_path: Path):
+        study = language_model.Study(small_study(tmp_path, steps=10_000))
+        blocks = language_model.load(study.settings["data"], torch.device("cpu"))
+        cell = Cell("bp", 0.01, 0)
+        language_model.run(study, cell, blocks, deadline=0)
+        assert study.cells.read(cell.name) is None
+        result = study.partial.read(cell.name)
+        assert result is not None
+        assert (result["partial"], result["steps"], result["validation_loss"]) == (True, 1, None)
+        assert not study.cells.settled(cell.name)  # it is run again
+        study.settings["steps"] = 4
+        language_model.run(study, cell, blocks)
+        assert study.cells.settled(cell.name)
+        assert study.partial.read(cell.name) is None
+
+    def test_a_loss_that_is_no_number_ends_the_cell_and_is_the_worst(self, tmp_path: Path):
+        study = language_model.Study(small_study(tmp_path, steps=100, arguments={"logging_steps": 1}))
+        blocks = language_model.load(study.settings["data"], torch.device("cpu"))
+        language_model.run(study, Cell("bp", 1e30, 0), blocks)
+        result = study.cells.read("bp-lr1e+30-seed0")
+        assert result is not None
+        assert result["diverged"]
+        assert result["steps"] < 100
+        assert language_model.score(result) == -math.inf
+
+    def test_cells_of_other_settings_are_refused(self, tmp_path: Path):
+        path = small_study(tmp_path)
+        study = language_model.Study(path)
+        blocks = language_model.load(study.settings["data"], torch.device("cpu"))
+        language_model.run(study, Cell("bp", 0.01, 0), blocks)
+        small_study(tmp_path, steps=5)
+        with pytest.raises(ValueError, match="'steps': 4"):
+            language_model.Study(path)
+
+    def test_what_fails_is_written_down(self, tmp_path: Path):
+        study = language_model.Study(small_study(tmp_path, methods={"bp": {"method": "nothing"}}))
+        language_model.run(study, Cell("bp", 0.01, 0), language_model.load(study.settings["data"], torch.device("cpu")))
+        assert "expected one of 'grape'" in study.cells.errors()["bp-lr0.01-seed0"]
+
+    def test_the_first_label_is_counted_once(self):
+        """With it the Trainer's mean is of all labels, and ``loss_of`` brings it to a mean per predicted token."""
+        batch = torch.arange(12).view(2, 6)
+        assert torch.equal(language_model.collate(batch, True)["labels"], batch)
+        assert language_model.collate(batch, False)["labels"][:, 0].tolist() == [-100, -100]
+        assert torch.equal(language_model.collate(batch, False)["labels"][:, 1:], batch[:, 1:])
+
+
+class TestReport:
+    def test_partial_runs_are_drawn_and_not_counted(self, tmp_path: Path):
+        grid = Grid(Cells(tmp_path / "c", tmp_path / "l"), {"bp": {}}, lambda _: [0.1], [0, 1], language_model.score)
+        whole = {"method": "bp", "learning_rate": 0.1, "seed": 0, "validation_loss": 2.0, "log_history": []}
+        results = {"a": whole | {"curve": [[1, 3.0], [2, 2.0]]}}
+        results["b"] = whole | {"seed": 1, "validation_loss": None, "partial": True, "steps": 1, "curve": [[1, 3.5]]}
+        settings = {
+            "title": "t",
+            "methods": {"bp": {}},
+            "data": {"vocab_size": 4, "context": 8},
+            "steps": 2,
+            "seeds": [0, 1],
+        }
+        curves.write_report(settings, grid, results, tmp_path)
+        (row,) = json.loads((tmp_path / "table.json").read_text())
+        assert (row["seeds"], row["unfinished"], row["validation"]) == (1, 1, 2.0)
+        assert curves.seeds_of([{1: 3.0, 2: 2.0}, {1: 3.5}]) == {1: [3.0, 3.5]}
+
+    def test_files_of_a_limited_size(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(bundle, "_FILE_BYTES", 100)
+        folder = tmp_path / "study"
+        Cells(folder / "cells", tmp_path / "l").finish("a", {"text": "x" * 60})
+        Cells(folder / "cells", tmp_path / "l").finish("b", {"text": "y" * 60})
+        bundle.pack({"s.yaml": folder}, tmp_path)
+        assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["cells-0.jsonl", "cells-1.jsonl"]
+        with pytest.raises(ValueError, match=r"holds cells of s.yaml; name that study too"):
+            bundle.unpack(tmp_path / "cells-0.jsonl", {})
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.stem)
+def test_our_studies_can_be_run(file: Path, tmp_path: Path):
+    study = language_model.Study(file)
+    for method in study.settings["methods"]:
+        given = study.options(method)
+        trainer = given.pop("trainer", {})
+        assert set(trainer) <= set(TRAINERS)
+        GrapeTrainingArguments(str(tmp_path), **(study.settings["arguments"] | given | {"bf16": False}))
+        assert study.settings.get("rates_from") or len(study.grid.choices(method)) >= 2
