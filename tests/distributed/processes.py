@@ -5,6 +5,7 @@ at the top level of a module, and what goes in and out must be picklable. Each c
 singletons of accelerate are forgotten, the seed is the same.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -94,6 +95,8 @@ def _serve(connection: Connection, rank: int, port: int) -> None:
         GradientState._reset_state()
         PartialState(cpu=True, backend="gloo")
         torch.manual_seed(0)
+        gc.collect()
+        gc.freeze()  # modules are no garbage (see conftest.py in the folder above)
         try:
             connection.send((function(*args, **kwargs), None))
         except Exception:
