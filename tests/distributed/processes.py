@@ -76,6 +76,7 @@ def environment(rank: int, port: int) -> dict[str, str]:
 
 def _serve(connection: Connection, rank: int, port: int) -> None:
     os.environ |= environment(rank, port)
+    gc.disable()  # until everything is imported, as in conftest.py in the folder above
     import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -96,7 +97,8 @@ def _serve(connection: Connection, rank: int, port: int) -> None:
         PartialState(cpu=True, backend="gloo")
         torch.manual_seed(0)
         gc.collect()
-        gc.freeze()  # modules are no garbage (see conftest.py in the folder above)
+        gc.freeze()
+        gc.enable()
         try:
             connection.send((function(*args, **kwargs), None))
         except Exception:
