@@ -3,7 +3,10 @@
 Random tests draw the same examples in every run; ``--hypothesis-profile=long`` draws many new ones (``test_fuzz.py``).
 """
 
+import gc
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,3 +22,19 @@ settings.load_profile("short")
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """Keep the garbage collector away from the modules that are imported while tests are collected, then and later.
+
+    The Trainer collects at the end of each training. Among the million objects of torch and transformers that took
+    several times as long as a tiny training; none of them is garbage. What tests make is collected as ever.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()

@@ -4,6 +4,7 @@
 saw in FOLDER.
 """
 
+import gc
 import importlib.abc
 import json
 import re
@@ -37,6 +38,7 @@ def make_trainer(folder: Path, repository: str, model: Any = None, images: bool 
     from grape_hf.reports.plot_callback import PlotCallback
     from grape_hf.text import train_tokenizer
 
+    gc.freeze()  # as in conftest.py
     torch.manual_seed(0)
     shape = dict(n_layer=3, n_embd=16, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
     tokenizer = None if images else train_tokenizer((f"line {i} of a text" for i in range(99)), 300, lowercase=False)

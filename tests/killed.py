@@ -13,6 +13,7 @@ it has written its last file; then both resume; then comes a straight run. FOLDE
 FOLDER/straight-<rank>.pt hold weights, B_l and the log. Prints one exit status a line.
 """
 
+import gc
 import json
 import os
 import random
@@ -125,6 +126,8 @@ def train_rank(folder: Path, name: str, kind: type[GrapeTrainer], resume: bool |
 
 
 def main(mode: str, folder: Path) -> None:
+    gc.collect()
+    gc.freeze()  # as in conftest.py
     if mode == "runs":
         for name, options in json.load(sys.stdin).items():
             trainer = make_trainer(DROPOUT, folder / name, KilledInSave, **RUN | options)

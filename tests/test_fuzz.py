@@ -11,15 +11,12 @@ if its are; or it refuses, and leaves model and disk as they were. Where it fail
 too, and leaves no hooks. B_l is finite in any case.
 """
 
-import gc
 import math
 import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from fuzzing import (
     CHANGES,
@@ -45,15 +42,6 @@ from grape_hf import GrapeArgumentsMixin
 from grape_hf.training_args import options_of
 
 EXAMPLES = settings.default.max_examples  # of the profile (conftest.py)
-
-
-@pytest.fixture(autouse=True)
-def cheap_collections() -> Iterator[None]:
-    """The Trainer collects garbage at the end of each training: nine tenths of the time that a tiny one takes."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def names(error: Exception, *more: str) -> bool:

@@ -1,4 +1,4 @@
-"""The main job as a user starts it: processes of their own, real files, tiny models."""
+"""The main job: once as a user starts it, then by its ``main`` in this process; real files, tiny models."""
 
 import importlib
 import json
@@ -17,6 +17,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from grape_hf import hub
 from grape_hf.reports.cards import write_card
 from grape_hf.text import train_tokenizer
 
@@ -41,22 +42,15 @@ TINY: dict[str, Any] = {
 }
 
 
-def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+def launch(*arguments: object) -> str:
+    """Start the recipe as its first lines say, and return what it printed."""
     command = [sys.executable, *LAUNCH.split(), "recipes/wikitext103.py", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        cwd=TOP,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=TOP, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
     )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    return output
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def options_file(folder: Path, name: str = "options.yaml", **options: Any) -> Path:
@@ -67,6 +61,11 @@ def options_file(folder: Path, name: str = "options.yaml", **options: Any) -> Pa
 
 def results(run: Path) -> dict[str, Any]:
     return json.loads((run / "all_results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    return importlib.import_module("wikitext103")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +89,7 @@ def finished(folder: Path) -> tuple[Path, str]:
         learning_rate="1e-2",
     )
     run = folder / "run"
-    return run, finish(start(options, "--max_steps", 12, "--output_dir", run))
+    return run, launch(options, "--max_steps", 12, "--output_dir", run)
 
 
 class TestARun:
@@ -155,7 +154,7 @@ with torch.no_grad():
         assert float(found.stdout) == pytest.approx(results(finished[0])["eval_loss"], rel=1e-4)
 
 
-def test_fine_tuning_on_a_stream_with_a_json_file(folder: Path):
+def test_fine_tuning_on_a_stream_with_a_json_file(recipe: ModuleType, folder: Path):
     model = folder / "pretrained"
     tokenizer = train_tokenizer(LINES, vocab_size=290)
     tokenizer.save_pretrained(model)
@@ -172,20 +171,22 @@ def test_fine_tuning_on_a_stream_with_a_json_file(folder: Path):
         method="dfa",
         output_dir=str(folder / "tuned"),
     )
-    finish(start(options))
+    recipe.main([str(options)])
     config = json.loads((folder / "tuned" / "config.json").read_text())
     assert (config["n_embd"], config["n_layer"], config["vocab_size"]) == (8, 2, 290)
     assert results(folder / "tuned")["method"] == "dfa"
 
 
-def test_fine_tuning_adapters(folder: Path):
+def test_fine_tuning_adapters(recipe: ModuleType, folder: Path):
     """The folder holds an adapter, which peft puts on the base, and a card that names both."""
     base, run = folder / "base", folder / "adapter"
     train_tokenizer(LINES, vocab_size=290).save_pretrained(base)
     GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=290, n_positions=16)).save_pretrained(base)
     options = options_file(folder, "adapter.yaml", train_file=str(folder / "train.txt"), output_dir=str(run))
     lora = "--use_peft --lora_r 4 --lora_alpha 8 --lora_dropout 0 --lora_target_modules c_attn c_fc"
-    finish(start(options, "--model_name_or_path", base, "--max_steps", 8, "--learning_rate", 0.02, *lora.split()))
+    recipe.main(
+        [str(options), "--model_name_or_path", str(base), "--max_steps", "8", "--learning_rate", "0.02", *lora.split()]
+    )
     config = json.loads((run / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0)
     assert sorted(config["target_modules"]) == ["c_attn", "c_fc"]
@@ -209,11 +210,16 @@ def test_fine_tuning_adapters(folder: Path):
     assert "is a LoRA adapter of rank 4 on `base`, trained on" in again
 
 
-def test_without_the_hub_it_says_that_this_is_not_wikitext(folder: Path):
+def test_without_the_hub_it_says_that_this_is_not_wikitext(
+    recipe: ModuleType, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
     options = options_file(folder, "hub.yaml", method="bp", tokenizer_vocab_size=400, validation_rows=20)
     run = folder / "no-hub"
-    output = finish(start(options, "--output_dir", run, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9"))
-    assert "This is NOT WikiText-103" in output
+    recipe.main([str(options), "--output_dir", str(run)])
+    assert "This is NOT WikiText-103. The Hub is not in reach (ConnectError" in caplog.text
     assert results(run)["dataset"].startswith("embedded sample (pydoc_data.topics of Python")
     assert "embedded sample" in (run / "README.md").read_text()
     assert json.loads((run / "alignment.json").read_text()) == []
@@ -228,30 +234,15 @@ BAD = {
 }
 
 
-@pytest.fixture(scope="module")
-def refusals(folder: Path) -> dict[str, tuple[int, str]]:
-    """Start all at once, for most of their time goes into imports."""
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_in_its_message(name: str, recipe: ModuleType, folder: Path):
     (folder / "empty.txt").touch()
     (folder / "short.txt").write_text("too short\n")
     options = options_file(folder, "bad.yaml", output_dir=str(folder / "bad"))
-    running = {
-        name: start(options, *(argument.format(folder) for argument in arguments), HF_HUB_OFFLINE="1")
-        for name, (arguments, _) in BAD.items()
-    }
-    outputs = {name: process.communicate(timeout=300)[0] for name, process in running.items()}
-    return {name: (process.returncode, outputs[name]) for name, process in running.items()}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_ends_in_its_message(name: str, refusals: dict[str, tuple[int, str]]):
-    code, output = refusals[name]
-    assert code != 0
-    assert BAD[name][1] in output
-
-
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    return importlib.import_module("grape_hf.recipes.wikitext103")
+    arguments, message = BAD[name]
+    with pytest.raises((OSError, ValueError)) as refused:
+        recipe.main([str(options), *(argument.format(folder) for argument in arguments)])
+    assert message in str(refused.value)
 
 
 class TestLoadModel:

@@ -5,6 +5,7 @@ at the top level of a module, and what goes in and out must be picklable. Each c
 singletons of accelerate are forgotten, the seed is the same.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -75,6 +76,7 @@ def environment(rank: int, port: int) -> dict[str, str]:
 
 def _serve(connection: Connection, rank: int, port: int) -> None:
     os.environ |= environment(rank, port)
+    gc.disable()  # until everything is imported, as in conftest.py in the folder above
     import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -94,6 +96,9 @@ def _serve(connection: Connection, rank: int, port: int) -> None:
         GradientState._reset_state()
         PartialState(cpu=True, backend="gloo")
         torch.manual_seed(0)
+        gc.collect()
+        gc.freeze()
+        gc.enable()
         try:
             connection.send((function(*args, **kwargs), None))
         except Exception:
