@@ -19,9 +19,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feedback_sharing": "auto",
         "feedback_init": "auto",
         "feedback_rule": "lms",
+        "feedback_path": "matrix",
         "feedback_lr": 0.02,
         "feedback_normalize": False,
         "jvp_mode": "auto",
+        "jvp_scope": "network",
         "jvp_passes": "joint",
         "jvp_fraction": 0.25,
         "jvp_steps": 4,
@@ -36,9 +38,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feedback_sharing": "auto",
         "feedback_init": "gaussian",
         "feedback_rule": "cosine",
+        "feedback_path": "matrix",
         "feedback_lr": 0.1,
         "feedback_normalize": True,
         "jvp_mode": "dual",
+        "jvp_scope": "network",
         "jvp_passes": "joint",
         "jvp_fraction": 1.0,
         "jvp_steps": 1,
@@ -201,6 +205,13 @@ class GrapeArgumentsMixin:
         "on the cosine of each column with the estimate's (the paper). Without an estimate: `local`. Each block learns "
         "a map of its own from its own backward, and B_l is the product of the maps above.",
     )
+    feedback_path: Literal["matrix", "shortcut"] | None = _option(
+        "feedback_path",
+        "Which way the error takes to a block. `matrix`: B_l. `shortcut`: the shortcut connections of the blocks "
+        "above, at the very samples of the batch. In most Transformers that is the identity. In ResNets it is masks of "
+        "ReLUs and transposed 1 x 1 convolutions. The matrices then stand for the rest. With feedback_rule `local` "
+        "they learn it; with method `dfa` there is no rest, unless feedback_init says otherwise.",
+    )
     feedback_lr: Annotated[float | None, Range(float, 0)] = _option(
         "feedback_lr",
         "Learning rate of B_l. With `cosine` it holds for each column. With method `dkp` it is a multiple of the "
@@ -214,6 +225,12 @@ class GrapeArgumentsMixin:
         "How an estimate differentiates. `dual`: exactly, by dual numbers. `finite_difference`: by the difference of "
         "two forwards. `auto`: `finite_difference` where the blocks have convolutions, on which it is cheaper, and "
         "where an operator knows no dual numbers; else `dual`.",
+    )
+    jvp_scope: Literal["network", "block"] | None = _option(
+        "jvp_scope",
+        "What an estimate is of. `network`: of the Jacobian from each feedback point to the output. `block`: of each "
+        "block's own Jacobian, in one pass in which no tangent goes on to the next block; B_l is the product of the "
+        "maps above.",
     )
     jvp_passes: Literal["joint", "per_block"] | None = _option(
         "jvp_passes",
@@ -355,10 +372,36 @@ class GrapeArgumentsMixin:
                 f"feedback_lr={self.feedback_lr}: expected at most 1 for feedback_rule={self.feedback_rule!r}, a "
                 "moving average, which a higher rate drives away from what it averages."
             )
-        if self.feedback_rule == "local" and self.calibration_refit:
+        if self._by_local_rule and self.calibration_refit:
             raise ValueError(
                 'calibration_refit=True fits B_l, which feedback_rule="local" makes of the maps of blocks. Set '
                 "calibration_refit=False."
+            )
+        if self.feedback_path == "shortcut" and not (self.method == "dfa" or self._by_local_rule):
+            raise ValueError(
+                f'feedback_path="shortcut" leaves the rest to matrices that learn from backwards, or to none: expected '
+                f'feedback_rule="local" or method="dfa", got method={self.method!r} and '
+                f"feedback_rule={self.feedback_rule!r}."
+            )
+        if self.jvp_scope == "block" and (self.method != "grape" or self.feedback_rule not in ("lms", "ema")):
+            raise ValueError(
+                'jvp_scope="block" estimates the Jacobian of each block: expected method="grape" and '
+                f'feedback_rule="lms" or "ema", got {self.method!r} and {self.feedback_rule!r}.'
+            )
+        if self.jvp_scope == "block" and (self.jvp_passes != "joint" or self.calibration_refit):
+            raise ValueError(
+                'jvp_scope="block" makes one pass for all blocks, and B_l is the product of their maps: expected '
+                f'jvp_passes="joint" and calibration_refit=False, got {self.jvp_passes!r} and {self.calibration_refit}.'
+            )
+        if self.feedback_path == "shortcut" and self.calibration_refit:
+            raise ValueError(
+                'calibration_refit=True fits B_l to whole gradients, of which feedback_path="shortcut" leaves it a '
+                "part. Set calibration_refit=False."
+            )
+        if self.feedback_sweeps and self.method not in ("dfa", "grape"):
+            raise ValueError(
+                f'feedback_sweeps={self.feedback_sweeps}: expected 0 with method={self.method!r}, or method="dfa" or '
+                '"grape".'
             )
         if self.method in ESTIMATING and self.perturbation_space != "activation" and self.feedback_rule != "cosine":
             raise ValueError(
@@ -382,6 +425,10 @@ class GrapeArgumentsMixin:
             raise ValueError(
                 "calibration_refit=True fits B_l at calibration steps, and there are none: set calibration_strategy."
             )
+
+    @property
+    def _by_local_rule(self) -> bool:
+        return self.method == "grape" and self.feedback_rule == "local"
 
     def _check_baseline(self) -> None:
         found = self.calibration_strategy, self.calibration_refit, self.alignment_steps, self.fallback
@@ -428,6 +475,8 @@ def resolved(options: GrapeArgumentsMixin, convolutional: bool = False) -> Grape
     if options.grape_preset == "auto":
         given["grape_preset"] = "convnet" if convolutional else "recommended"
     implied = PRESETS[given["grape_preset"]] | METHOD_OPTIONS.get(options.method, {})
+    if options.method == "dfa" and (options.feedback_path or implied["feedback_path"]) == "shortcut":
+        implied["feedback_init"] = "zero"  # of what is added to the path
     missing = {name: value for name, value in implied.items() if given[name] is None}
     return GrapeArgumentsMixin(**given | missing)
 

@@ -65,7 +65,7 @@ def results(run: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    return importlib.import_module("wikitext103")
+    return importlib.import_module("grape_hf.recipes.wikitext103")
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +184,8 @@ def test_fine_tuning_adapters(recipe: ModuleType, folder: Path):
     GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=290, n_positions=16)).save_pretrained(base)
     options = options_file(folder, "adapter.yaml", train_file=str(folder / "train.txt"), output_dir=str(run))
     lora = "--use_peft --lora_r 4 --lora_alpha 8 --lora_dropout 0 --lora_target_modules c_attn c_fc"
-    recipe.main(
-        [str(options), "--model_name_or_path", str(base), "--max_steps", "8", "--learning_rate", "0.02", *lora.split()]
-    )
+    more = f"--model_name_or_path {base} --max_steps 8 --learning_rate 0.02 {lora}"
+    recipe.main([str(options), *more.split()])
     config = json.loads((run / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0)
     assert sorted(config["target_modules"]) == ["c_attn", "c_fc"]

@@ -204,37 +204,48 @@ class Feedback:
 
     def refine(self, estimate: JacobianSum) -> None:
         """Learn from the sums of one optimiser step; for ``lms`` they must be those of the residual (``B`` given)."""
-        means = estimate.mean()
+        means, matrices = estimate.mean(), self.learned
         if self.rule == "lms":
-            # A joint pass predicts q from sum_l n_l numbers: a full step needs at least as many samples of it.
-            width = sum(b.shape[0] for b in self.B)
-            rates = [self.lr / (width / n).clamp(min=1) for n in estimate.tangents]
-            refined = [refine_lms(*args) for args in zip(self.B, means, rates, strict=True)]
+            # A joint pass predicts q from sum_l n_l numbers: a full step needs at least as many samples of it. The
+            # tangent of a block's own Jacobian comes from its own n_l alone.
+            width = sum(b.shape[0] for b in matrices)
+            widths = [width if self.maps is None else b.shape[0] for b in matrices]
+            rates = [self.lr / (w / n).clamp(min=1) for w, n in zip(widths, estimate.tangents, strict=True)]
+            refined = [refine_lms(*args) for args in zip(matrices, means, rates, strict=True)]
         elif self.rule == "ema":
-            rates = [self.lr * (n > 0).to(b) for b, n in zip(self.B, estimate.counts, strict=True)]  # none from nothing
-            refined = [refine_ema(b, j.to(b), rate) for b, j, rate in zip(self.B, means, rates, strict=True)]
+            rates = [self.lr * (n > 0).to(b) for b, n in zip(matrices, estimate.counts, strict=True)]  # none of nothing
+            refined = [refine_ema(b, j.to(b), rate) for b, j, rate in zip(matrices, means, rates, strict=True)]
         else:
-            refined = [refine_cosine(b, j.to(b), self.lr) for b, j in zip(self.B, means, strict=True)]
+            refined = [refine_cosine(b, j.to(b), self.lr) for b, j in zip(matrices, means, strict=True)]
         self.take(refined)
+
+    @property
+    def learned(self) -> list[Tensor]:
+        """What rules refine: the matrices B_l, or the maps of blocks whose products they are."""
+        return self.B if self.maps is None else self.maps.G
 
     def refine_maps(self, sums: Sequence[MapSums]) -> None:
         """Learn the maps from the sums of one optimiser step, and make the matrices anew."""
         assert self.maps is not None
-        self.maps.G = self.guard.admit(self.maps.G, self.maps.refined(sums, self.lr))
-        self.B = self.maps.product()
+        self.take(self.maps.refined(sums, self.lr))
 
     def jacobians(self, estimate: JacobianSum) -> list[Tensor]:
         """Return J_hat_l, ``(n_y, n_l)``: the means, plus what B predicted where the sums are of the residual."""
         means = estimate.mean()
-        return [b.mT + m for b, m in zip(self.B, means, strict=True)] if self.rule == "lms" else means
+        return [b.mT + m for b, m in zip(self.learned, means, strict=True)] if self.rule == "lms" else means
 
     def refit(self, moments: Sequence[tuple[Tensor, Tensor]], ridge: float = 0.1) -> None:
         """Fit every B_l to exact deltas (``refit``, ``refit_moments``)."""
         self.take([refit(b, ee.to(b), ed.to(b), ridge) for b, (ee, ed) in zip(self.B, moments, strict=True)])
 
     def take(self, refined: list[Tensor]) -> None:
-        """Replace the matrices, unless a number in the new ones is NaN or Inf (``FiniteGuard``)."""
-        self.B = self.guard.admit(self.B, [normalize_columns(b) for b in refined] if self.normalize else refined)
+        """Replace what was learned, unless a number in the new is NaN or Inf (``FiniteGuard``)."""
+        taken = self.guard.admit(self.learned, [normalize_columns(b) for b in refined] if self.normalize else refined)
+        if self.maps is None:
+            self.B = taken
+        else:
+            self.maps.G = taken
+            self.B = self.maps.product()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the matrices and the maps by the names that they have in a file: ``B_1`` ..., ``G_1`` ..."""

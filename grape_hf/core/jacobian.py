@@ -197,7 +197,7 @@ def jacobian_terms(
                     p = noise.weights(index, block)
                     v, a = _weight_tangent(h, block, args, kwargs, p, mode, layout, rounded)
             else:
-                v, a = _activation_tangent(h, noise, index, layout)
+                v, a = activation_tangent(h, noise, index, layout)
             pairing = boundaries.pairing(index, h, mask)
             if pairing.padding is None and index not in boundaries.pooled:
                 pairing = pairing.padded(targets)
@@ -237,7 +237,8 @@ class _Injected:
     pairing: Pairing
 
 
-def _activation_tangent(h: Tensor, noise: Noise, index: int, layout: Layout) -> tuple[Tensor, Tensor]:
+def activation_tangent(h: Tensor, noise: Noise, index: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Return v = s p and a = v / s^2 of one boundary, ``(batch, positions, n_l)``; see above."""
     tokens, h = h.ndim == 3, layout.vectors(h)
     p = noise.vectors(index, h)
     s = _rms(h, dim=(-1,) if tokens else (1, 2))

@@ -57,6 +57,13 @@ def pull_back(output: Tensor, cut: Tensor, delta: Tensor) -> Tensor | None:
     return delta.to(cut.dtype)
 
 
+def has_path(output: Tensor, below: Tensor) -> bool:
+    """Whether a shortcut leads from ``below`` to ``output``, which depends on it; True where nothing is trained."""
+    if not output.requires_grad or not below.requires_grad:
+        return True
+    return bool(find_junctions(get_gradient_edge(output), get_gradient_edge(below)))
+
+
 def find_junctions(start: GradientEdge, end: GradientEdge) -> list[Junction]:
     """Return the sums on the shortcut path from ``start`` down to ``end``, in that order; none if there is no path."""
     distance = _distances(start.node, end.node)

@@ -15,6 +15,7 @@ from grape_hf.core.isolation import full_precision
 
 JvpMode = Literal["dual", "finite_difference"]
 Inject = Callable[..., Tensor | None]  # (index, h, block, args, kwargs, whether the block ran in half precision)
+Arrive = Callable[[int, Tensor], None]  # (index, tangent of h_l), where tangents end at the next boundary
 
 # Step of a finite difference, in units of rms(h_l). In float32, 1e-4 agrees with dual numbers to a cosine of 0.98 or
 # better on seven timm models, 1e-3 does not (DESIGN.md); float64 affords a smaller truncation error.
@@ -77,17 +78,22 @@ class _ConstantFactors(TorchFunctionMode):
         return forward_ad.make_dual(func(*value, **kwargs), product(*tangent, **kwargs))
 
 
-def dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callable[[Inject], Tensor]:
+def dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callable[..., Tensor]:
     """Return what runs ``forward`` once with dual numbers and returns the tangent of y.
 
-    That raises ForwardModeError if an operator has no forward-mode rule, or the tangent got lost.
+    It takes ``inject``, and ``arrive`` if no tangent is to cross a boundary: then the tangent of each h_l is handed to
+    that and taken off. It raises ForwardModeError if an operator has no forward-mode rule, or the tangent got lost.
     """
 
-    def run(inject: Inject) -> Tensor:
+    def run(inject: Inject, arrive: Arrive | None = None) -> Tensor:
         def perturb(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
             torch.set_grad_enabled(False)
             primal, tangent = forward_ad.unpack_dual(h)
             primal = primal.detach()
+            if arrive is not None:
+                if tangent is not None:
+                    arrive(index, tangent)
+                tangent = None
             v = inject(index, primal, block, args, kwargs)
             if v is None:
                 return primal if tangent is None else h
@@ -113,7 +119,7 @@ def dual_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callab
     return run
 
 
-def difference_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callable[[Inject], Tensor]:
+def difference_runner(boundaries: Boundaries, forward: Callable[[], object]) -> Callable[..., Tensor]:
     """Return the same by the difference of a perturbed and a clean forward, of which the clean one is run once.
 
     That raises ValueError if the activations are in half precision.
@@ -121,7 +127,9 @@ def difference_runner(boundaries: Boundaries, forward: Callable[[], object]) -> 
     device_type = next(boundaries.blocks[0].parameters()).device.type
     device_type = "cpu" if device_type == "meta" else device_type  # which has no autocast
 
-    def output(inject: Inject | None) -> Tensor:
+    at_boundaries: dict[int, Tensor] = {}  # of the clean forward, kept where tangents end at the next boundary
+
+    def output(inject: Inject | None, arrive: Arrive | None = None) -> Tensor:
         def perturb(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
             torch.set_grad_enabled(False)
             h = h.detach()
@@ -136,6 +144,13 @@ def difference_runner(boundaries: Boundaries, forward: Callable[[], object]) -> 
                     f"finite differences need activations in float32 or float64, got {h.dtype}. "
                     'Use jvp_mode="dual", or load the model in float32 and train with bf16=True.'
                 )
+            if arrive is not None:
+                if inject is None:
+                    at_boundaries[index] = h
+                else:
+                    before = at_boundaries[index]
+                    arrive(index, (h - before) / STEP[h.dtype])
+                    h = before
             v = None if inject is None else inject(index, h, block, args, kwargs, rounded)
             return h if v is None else h + STEP[h.dtype] * v
 
@@ -151,10 +166,10 @@ def difference_runner(boundaries: Boundaries, forward: Callable[[], object]) -> 
 
     clean = None
 
-    def run(inject: Inject) -> Tensor:
+    def run(inject: Inject, arrive: Arrive | None = None) -> Tensor:
         nonlocal clean
-        clean = output(None) if clean is None else clean  # once for all passes
-        return (output(inject) - clean) / STEP[clean.dtype]
+        clean = output(None, arrive) if clean is None else clean  # once for all passes
+        return (output(inject, arrive) - clean) / STEP[clean.dtype]
 
     return run
 

@@ -54,6 +54,12 @@ def _refused(trainer: "Trainer", options: "GrapeArgumentsMixin") -> Iterator[tup
             "its engine runs the backward and its own hooks have no forward-mode derivative",
             _DDP_OR_FSDP2,
         )
+    if (options.feedback_sweeps or options.feedback_path == "shortcut") and args.torch_compile:
+        yield (
+            "torch_compile with feedback_sweeps or feedback_path='shortcut'",
+            "they look into the graph of each block, which compiled code does not show",
+            "feedback_sweeps=0 and feedback_path='matrix', or no torch_compile",
+        )
     if trainer.is_fsdp_enabled:
         yield from _refused_of_fsdp(trainer, options)
     config = getattr(accelerator, "parallelism_config", None)
@@ -91,6 +97,12 @@ def _refused_of_fsdp(trainer: "Trainer", options: "GrapeArgumentsMixin") -> Iter
             f"FSDP{version} (fsdp_version={version})",
             "it flattens the weights of a block into one, and is deprecated",
             'FSDP2: fsdp_config={"version": 2}, or `fsdp_version: 2` in accelerate\'s configuration',
+        )
+    if options.feedback_sweeps or options.feedback_path == "shortcut":
+        yield (
+            "FSDP2 with feedback_sweeps or feedback_path='shortcut'",
+            "a block's graph is used before its backward, when its weights are shards",
+            "feedback_sweeps=0 and feedback_path='matrix', or DDP",
         )
     if options.perturbation_space == "weight":
         yield (

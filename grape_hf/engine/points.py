@@ -139,6 +139,14 @@ class FeedbackPoints:
             ValueError: if ``feedback_init`` does not suit the shapes or the blocks.
         """
         init, pooled = self.options.feedback_init or "auto", boundaries.pooled
+        if self.options.feedback_path == "shortcut":
+            if shapes.pathless and init in ("auto", "identity", "zero"):
+                raise ValueError(
+                    'feedback_path="shortcut" sends the error down the shortcut connections, and none leads to '
+                    f"{', '.join(self.names[index] for index in shapes.pathless)}. Use "
+                    'feedback_path="matrix", or feedback_rule="local", whose maps do the rest.'
+                )
+            init = "zero" if init in ("auto", "identity") else init
         square = space == "hidden" and all(h.shape[-1] == shapes.n_y for h in shapes.h)
         if init == "identity" and pooled:
             raise ValueError(
@@ -177,7 +185,8 @@ class FeedbackPoints:
     @property
     def by_block(self) -> bool:
         """Whether each block has a map of its own, and B_l is their product."""
-        return self.options.method == "grape" and self.options.feedback_rule == "local"
+        options = self.options
+        return options.method == "grape" and (options.feedback_rule == "local" or options.jvp_scope == "block")
 
     def initial_maps(self, boundaries: Boundaries, shapes: Probe, seed: int) -> BlockMaps:
         """Make the first maps G_l by ``feedback_init``; ``auto`` is the identity where it fits, else gaussian.
@@ -188,12 +197,16 @@ class FeedbackPoints:
             seed: of a gaussian start.
 
         Raises:
-            ValueError: if ``feedback_init="identity"`` and the sizes of two neighbours differ.
+            ValueError: if ``feedback_init="identity"`` and the sizes of two neighbours differ, or ``jvp_scope`` does
+                not suit the model.
         """
+        self._refuse_scope(boundaries, shapes)
         sources, generator = self._sources(boundaries, shapes), torch.Generator().manual_seed(seed)
         G = []
         for index, (h, (n_l, n)) in enumerate(zip(shapes.h, self._map_shapes(boundaries, shapes), strict=True)):
             init = self.options.feedback_init or "auto"
+            if self.options.feedback_path == "shortcut" and init in ("auto", "identity"):
+                init = "zero"  # what the path does is not the map's to do
             if init == "auto":
                 of_encoder = sources[index] is None and index in boundaries.pooled  # no shortcut leads out of it
                 init = "zero" if of_encoder else "identity" if n_l == n else "gaussian"
@@ -201,6 +214,16 @@ class FeedbackPoints:
             shared = sources[index] is None and boundaries.read_at is not None and init == "identity"
             G.append((start / shapes.positions if shared else start).to(h.device))
         return BlockMaps(G, sources)
+
+    def _refuse_scope(self, boundaries: Boundaries, shapes: Probe) -> None:
+        sources = self._sources(boundaries, shapes)
+        lonely = [self.names[index] for index, source in enumerate(sources[:-1]) if source is None]
+        if self.options.jvp_scope == "block" and lonely:
+            raise ValueError(
+                'jvp_scope="block" perturbs what a block reads and looks at what it makes, which must have the same '
+                f'positions: that is not so behind {", ".join(lonely)}. Use jvp_scope="network", or '
+                'feedback_rule="local".'
+            )
 
     def _sources(self, boundaries: Boundaries, shapes: Probe) -> list[int | None]:
         return map_sources(shapes.lengths, [index in boundaries.pooled for index in range(len(shapes.h))])

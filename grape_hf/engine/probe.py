@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from grape_hf.core import nested
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError, ReadAt
 from grape_hf.core.isolation import isolated
+from grape_hf.core.paths import has_path
 from grape_hf.engine.look import Watcher
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Probe:
         changed: names of the parameters that a forward changes.
         apart: boundaries at which something lies between a block and the next, so that h_l is not the block's output.
         lengths: how many positions each h_l has, with those that are padding.
+        pathless: boundaries that no shortcut connection leads down to from the next, or from y.
     """
 
     h: list[Tensor]
@@ -49,6 +51,7 @@ class Probe:
     changed: list[str] = field(default_factory=list)
     apart: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    pathless: list[int] = field(default_factory=list)
 
     @property
     def sizes(self) -> list[int]:
@@ -130,6 +133,7 @@ class Look(Watcher):
             self.changed,
             [index for index, read in self.read.items() if read is not self.made[index]],
             [vectors(t.detach()).shape[1] for t in h],
+            [index for index, below in enumerate(h) if not has_path([*h[1:], y][index], below)],
         )
 
     def _positions(self, boundaries: Boundaries, h: Tensor) -> float:

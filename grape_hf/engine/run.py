@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from grape_hf.core.alignment import delta_alignment, delta_products, feedback_alignment, replayed_alignment, size_ratio
+from grape_hf.core.block_jacobian import block_jacobian_terms
 from grape_hf.core.boundaries import OutputNotReachedError, ReadAt
 from grape_hf.core.broadcast import Keep, Refinement
 from grape_hf.core.calls import Calls, ModelCall, NoCallError
@@ -276,12 +277,12 @@ class GrapeRun:
     @property
     def estimating(self) -> bool:
         """Whether an estimate is to be made in this step."""
-        return self.maps is None and self._due
+        return self.options.feedback_rule != "local" and self._due
 
     @property
     def learning(self) -> bool:
         """Whether the maps of blocks learn from this step's own backward."""
-        return self.maps is not None and self._due
+        return self.options.feedback_rule == "local" and self._due
 
     @property
     def _due(self) -> bool:
@@ -405,10 +406,22 @@ class GrapeRun:
         """
         assert self.current_step is not None
         noise = Noise(self.seed, self.current_step, places)
-        B = self.feedback.B if self.feedback.rule == "lms" else None
+        lms = self.feedback.rule == "lms"
+        B = self.feedback.B if lms else None
 
         def terms(mode: JvpMode) -> JacobianSum:
             with self._on_the_side():
+                if self.maps is not None:
+                    return block_jacobian_terms(
+                        self.boundaries,
+                        forward,
+                        noise,
+                        self.maps,
+                        mode=mode,
+                        residual=lms,
+                        mask=mask,
+                        targets=targets,
+                    )
                 return jacobian_terms(
                     self.boundaries,
                     forward,
@@ -466,7 +479,8 @@ class GrapeRun:
             keep = "h and e"
         elif wanted:
             keep = "e and deltas" if self.measuring else "e"
-        refinement = Refinement(self.maps, self.learning, self.options.feedback_sweeps)
+        options = self.options
+        refinement = Refinement(self.maps, self.learning, options.feedback_sweeps, options.feedback_path == "shortcut")
         with self.boundaries.broadcast(B, mask, keep, refinement) as forwards:
             yield forwards
             if learns_in_place:
@@ -500,11 +514,13 @@ class GrapeRun:
             self._take_first_error()
         if self.estimating:
             if not self._estimate.sums:  # other ranks may hold the samples
-                zeros = [b.new_zeros(b.mT.shape) for b in self.feedback.B]
+                zeros = [b.new_zeros(b.mT.shape) for b in self.feedback.learned]
                 none = [torch.zeros((), dtype=torch.int64, device=b.device) for b in zeros]
                 self._estimate.add(JacobianSum(zeros, none))
             estimate = self._estimate.total(self.ranks.total)
-            self._log_alignment("estimate", feedback_alignment(self.feedback.B, self.feedback.jacobians(estimate)))
+            self._log_alignment(
+                "estimate", feedback_alignment(self.feedback.learned, self.feedback.jacobians(estimate))
+            )
             self.feedback.refine(estimate)
         if self.learning:
             assert self.maps is not None
@@ -614,6 +630,8 @@ class GrapeRun:
     def _is_frozen_identity(self) -> bool:
         """Whether all B_l are identities and stay so: the products with them can be left out."""
         options, B = self.options, self.feedback.B
+        if options.feedback_path == "shortcut" and self.maps is None and not any(b.any() for b in B):
+            return True  # the path alone, which is the identity on what the shortcuts do
         if options.method != "dfa" or (options.calibration_refit and options.calibration_strategy != "no"):
             return False
         return all(b.shape[0] == b.shape[1] and torch.equal(b, torch.eye(len(b)).to(b)) for b in B)
