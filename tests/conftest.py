@@ -14,6 +14,18 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, which comes after this file
 
+# They start processes, once for many tests.
+FIRST = (
+    "distributed",
+    "test_checkpoints",
+    "test_cli",
+    "test_hub",
+    "test_recipe_",
+    "test_resume",
+    "test_tables",
+    "test_wheel",
+)
+
 settings.register_profile("short", derandomize=True, database=None, deadline=None, max_examples=60)
 settings.register_profile("long", derandomize=False, deadline=None, max_examples=3000, print_blob=True)
 settings.load_profile("short")
@@ -38,3 +50,11 @@ def pytest_collection() -> Iterator[Any]:
         gc.collect()
         gc.freeze()
         gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what starts processes first: xdist hands on the last tests of a list when another process has none left.
+
+    So no process is started twice for tests that share it, and it is short tests that fill up the end.
+    """
+    items.sort(key=lambda item: not any(name in item.nodeid.partition("::")[0] for name in FIRST))

@@ -20,6 +20,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +36,18 @@ from grape_hf import GrapeTrainer
 KILLED_AT = 30
 RUN = dict(samples=24, max_steps=40, save_strategy="steps", save_steps=10)
 _TOUCHES = ("open", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
+
+
+def run_killed(*words: str | Path, runs: dict[str, Any] | None = None) -> list[int]:
+    """Run this file; return the exit statuses of the processes that it starts."""
+    command = [sys.executable, __file__, *map(str, words)]
+    # The same number of threads: a sum in other parts is another sum in its last digits.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        command, input=json.dumps(runs), capture_output=True, text=True, timeout=240, env=os.environ | threads
+    )
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.splitlines() if line.lstrip("-").isdigit()]
 
 
 def kill() -> None:

@@ -10,10 +10,9 @@ import pytest
 import torch
 import transformers
 from helpers import LEARNED, assert_same, count_hooks, differ, logged, make_trainer, train, weights
-from killed import KILLED_AT, RUN
+from killed import KILLED_AT, RUN, run_killed
 from packaging.version import Version
 from problems import DROPOUT, GPT2, NOISY, PLAIN, WIDTH, PlainLanguageModel, Problem
-from test_checkpoints import run_killed
 from test_trainer import CHECKPOINTING
 from transformers import Trainer
 

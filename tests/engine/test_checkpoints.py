@@ -3,13 +3,10 @@
 Oracles: the files of an undisturbed save, byte for byte; a run that was never stopped, bit for bit.
 """
 
-import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import pytest
 import torch
 from helpers import LEARNED as ESTIMATES
 from helpers import OnEvent, assert_same, logged, make_trainer, train, weights
+from killed import run_killed
 from problems import GPT2
 from torch import Tensor
 from transformers import Trainer
@@ -38,18 +36,6 @@ FILES = [
     "scheduler.pt",
     "rng_state.pth",
 ]
-
-
-def run_killed(*words: str | Path, runs: dict[str, Any] | None = None) -> list[int]:
-    """Run tests/killed.py; return the exit statuses of its processes."""
-    command = [sys.executable, str(Path(__file__).parents[1] / "killed.py"), *map(str, words)]
-    # The same number of threads: a sum in other parts is another sum in its last digits.
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(
-        command, input=json.dumps(runs), capture_output=True, text=True, timeout=240, env=os.environ | threads
-    )
-    assert done.returncode == 0, done.stderr
-    return [int(line) for line in done.stdout.splitlines() if line.lstrip("-").isdigit()]
 
 
 def content(checkpoint: str | Path) -> dict[str, bytes]:

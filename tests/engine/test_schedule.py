@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import LEARNED, arguments, logged
-from problems import GPT2
+from problems import GPT2, PLAIN
 from torch import nn
 from transformers import Trainer
 
@@ -27,7 +27,8 @@ class Watched(Trainer):
                 return
             self.seen = [*getattr(self, "seen", []), (self.state.global_step, args[0].requires_grad)]
 
-        handle = model.transformer.h[1].register_forward_hook(look)
+        blocks = model.blocks if hasattr(model, "blocks") else model.transformer.h
+        handle = blocks[1].register_forward_hook(look)
         try:
             return super().training_step(model, *args, **kwargs)
         finally:
@@ -44,8 +45,8 @@ def calibrated_steps(folder: Any, epochs: float = 4, micro_batches: int = 1, **o
     args = arguments(
         folder, max_steps=-1, num_train_epochs=epochs, gradient_accumulation_steps=micro_batches, **options
     )
-    samples = GPT2.samples(4 * STEPS_PER_EPOCH * micro_batches)
-    trainer = WatchedGrape(GPT2.model(), args, train_dataset=samples)
+    samples = PLAIN.samples(4 * STEPS_PER_EPOCH * micro_batches)
+    trainer = WatchedGrape(PLAIN.model(), args, train_dataset=samples)
     trainer.train()
     steps = round(epochs * STEPS_PER_EPOCH)
     assert len(trainer.seen) == steps * micro_batches
