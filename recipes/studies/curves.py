@@ -125,7 +125,7 @@ def markdown(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
         by_rate = ", ".join(f"{rate}: {_number(loss, 3)}" for rate, loss in row["by_rate"].items())
         seeds = f"{row['seeds']}" + (f" (and {row['unfinished']} unfinished)" if row["unfinished"] else "")
         lines.append(
-            f"| {row['method']} | {row['learning_rate']:g} | {seeds} | "
+            f"| {settings.get('labels', {}).get(row['method'], row['method'])} | {row['learning_rate']:g} | {seeds} | "
             f"{_number(row['validation'], 3)}{_range(row['validation_range'], 3)} | "
             f"{_number(row['above_bp'], 1)}{_range(row['above_bp_range'], 1)} | {_number(row['perplexity'], 1)} | "
             f"{_number(row['test'], 3)} | {_number(row['test_perplexity'], 1)} | {by_rate} | {row['alignment']} | "
@@ -158,7 +158,8 @@ def plot(settings: Mapping[str, Any], shown: Mapping[str, Sequence[Result]], pat
     for i, (method, curve) in enumerate(curves.items()):
         style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _STYLES[i % len(_STYLES)]}
         runs = shown[method]
-        label = f"{method}, rate {runs[0]['learning_rate']:g}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+        name = settings.get("labels", {}).get(method, method)
+        label = f"{name}, rate {runs[0]['learning_rate']:g}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
         _line(left, curve, style | {"label": label})
         common = {step: [value - bp[step] for value in values] for step, values in curve.items() if step in bp}
         if common:

@@ -47,7 +47,7 @@ from token_blocks import TokenBlocks, load, prepare
 
 SCRATCH = TOP / "outputs" / "studies"
 _KNOWN = {"title", "base", "output_dir", "data", "model", "arguments", "steps", "eval_blocks", "train_blocks"}
-_KNOWN |= {"learning_rates", "rates_from", "seeds", "methods", "test", "count_first_label"}
+_KNOWN |= {"learning_rates", "rates_from", "seeds", "methods", "labels", "test", "count_first_label"}
 _NOT_ARGUMENTS = ("learning_rates", "trainer")  # of a method
 _IGNORED = -100
 
