@@ -8,7 +8,6 @@ called from elsewhere.
 """
 
 import logging
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,14 +17,15 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
-from grape_hf.core.calls import NoCallError
+from grape_hf.engine.calibration import calibration_schedule
 from grape_hf.engine.checkpoints import CheckpointMixin
 from grape_hf.engine.points import options_for
 from grape_hf.engine.ranks import Ranks
 from grape_hf.engine.refusals import refuse_settings
-from grape_hf.engine.run import GrapeRun, calibration_schedule
-from grape_hf.methods import make_baseline
-from grape_hf.methods.base import Baseline, MicroBatch
+from grape_hf.engine.run import GrapeRun
+from grape_hf.engine.star_engine import StarEngine
+from grape_hf.engine.step import Engine, MicroBatch
+from grape_hf.methods import make_engine
 from grape_hf.reports.card_mixin import CardMixin
 from grape_hf.reports.log_names import log_names
 from grape_hf.reports.progress import ProgressFigures
@@ -47,16 +47,14 @@ class GrapeMixin(CardMixin, CheckpointMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._run: GrapeRun | None = None
+        self._engine: Engine | None = None
         self._steps_per_epoch: int | None = None
-        self._baseline: Baseline | None = None
         self._micro_batch = (-1, 0)  # optimiser step, number within it
-        self._blocks_alone = False  # whether the loss calls the blocks one by one, and so has to be computed again
         self.grape_options = options_for(self.model, self.args)
         refuse_settings(self, self.grape_options)
         if self.grape_options.method != "bp":
-            run = self._new_run()  # refuses now what it can
-            if run is not None and run.single_block:
+            self._engine = self._new_engine()  # refuses now what it can
+            if self._run is not None and self._run.single_block:
                 logger.warning(
                     f"{type(self.model).__name__} has a single block and so no feedback point: "
                     f'method="{self.grape_options.method}" is ordinary backpropagation here.'
@@ -71,32 +69,25 @@ class GrapeMixin(CardMixin, CheckpointMixin):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Train on one micro-batch: an estimate where one is due, then the stock step in a star or a chain."""
-        run = self._current_run()
+        """Train on one micro-batch: the stock step, or what an engine makes of it (``engine/step.py``)."""
+        stock = partial(super().training_step, model, inputs, num_items_in_batch, *args, **kwargs)
+        if self._engine is None:
+            self._engine = self._new_engine()
         self._count_micro_batch()
-        if self._baseline is not None:
-            parts = self.current_gradient_accumulation_steps
-            with self._baseline.step(MicroBatch(self.state.global_step, self._places(inputs), parts)):
-                return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
-        if run is None:
-            return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
-
-        def step() -> Tensor:
-            again = partial(self._loss, model, inputs, num_items_in_batch) if self._blocks_alone else None
-            resume = partial(self._resume, run)
-            with run.micro_batch(self.state.global_step, self._steps_per_epoch, resume, again, inputs):
-                return super(GrapeMixin, self).training_step(model, inputs, num_items_in_batch, *args, **kwargs)
-
-        try:
-            loss = step()
-        except NoCallError:  # at the first step, before anything was computed
-            self._blocks_alone = True
-            loss = step()
-        run.look_again(self._places(inputs), inputs.get("labels") if isinstance(inputs, Mapping) else None)
-        if self.accelerator.sync_gradients:
-            rate = self.optimizer.param_groups[0]["lr"]
-            run.finish_step(rate, self.args.weight_decay)
-        return loss
+        run = self._run
+        if self._engine is None or (run is not None and run.single_block):
+            return stock()
+        batch = MicroBatch(
+            step=self.state.global_step,
+            places=self._places(inputs),
+            parts=self.current_gradient_accumulation_steps,
+            last=self.accelerator.sync_gradients,
+            inputs=inputs,
+            loss=partial(self._loss, model, inputs, num_items_in_batch),
+            rate=self.optimizer.param_groups[0]["lr"],
+            decay=self.args.weight_decay,
+        )
+        return self._engine.take(batch, stock)
 
     def _count_micro_batch(self) -> None:
         step, number = self._micro_batch
@@ -117,36 +108,34 @@ class GrapeMixin(CardMixin, CheckpointMixin):
         with self.compute_loss_context_manager():
             return self.compute_loss(model, prepared, num_items_in_batch=num_items_in_batch)
 
-    def _current_run(self) -> GrapeRun | None:
-        """The run under way, begun now if this is the first step; None where every step is ordinary."""
-        if self._run is None and self._baseline is None and self.grape_options.method != "bp":
-            self._run = self._new_run()
-        return None if self._run is None or self._run.single_block else self._run
+    @property
+    def _run(self) -> GrapeRun | None:
+        """The run of the star, if that is the engine."""
+        return self._engine.run if isinstance(self._engine, StarEngine) else None
 
-    def _new_run(self) -> GrapeRun | None:
-        """Make a run of the star; of another method make the baseline, and return None."""
-        self._baseline = make_baseline(self.model, self.grape_options, self.args.seed)
-        ranks = Ranks(self.accelerator.num_processes)
+    def _new_engine(self) -> Engine | None:
+        """Make what takes the steps of this training."""
         # A checkpoint on SIGTERM is mostly made in the middle of a step (trainer_jit_checkpoint.py).
         restartable = bool(getattr(self.args, "enable_jit_checkpoint", False))
-        return None if self._baseline else GrapeRun(self.model, self.grape_options, self.args.seed, ranks, restartable)
+        ranks, steps = Ranks(self.accelerator.num_processes), self._steps_per_epoch
+        return make_engine(self.model, self.grape_options, self.args.seed, ranks, steps, self._resume, restartable)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Entered once per train(), and again by auto_find_batch_size: each time a fresh run, with the options that the
         # arguments hold now (a hyperparameter search changes them).
-        self._run, self._resumed_from, self.grape_options = None, None, options_for(self.model, self.args)
-        self._baseline, self._micro_batch, self._blocks_alone = None, (-1, 0), False
+        self._engine, self._resumed_from, self.grape_options = None, None, options_for(self.model, self.args)
+        self._micro_batch = (-1, 0)
         training = [(module, module.training) for module in self.model.modules()]
         try:
             return super()._inner_training_loop(*args, **kwargs)
         except Exception:
-            if self._run is not None and self.state.global_step == 0:  # refused: the model is as it was
+            if self._engine is not None and self.state.global_step == 0:  # refused: the model is as it was
                 for module, was_training in training:
                     module.training = was_training
             raise
         finally:
-            if self._run is not None:
-                self._run.close()
+            if self._engine is not None:
+                self._engine.close()
 
     def set_initial_training_values(self, args: Any, dataloader: Any, *rest: Any) -> Any:
         """Note the length of an epoch, which the calibration schedule needs; refuse here if it needs and lacks it."""

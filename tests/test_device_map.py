@@ -17,11 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grape_hf.core.alignment import delta_alignment, delta_products, feedback_alignment
 from grape_hf.core.boundaries import Boundaries
-from grape_hf.core.feedback import Feedback, refit_moments
+from grape_hf.core.feedback import Feedback
 from grape_hf.core.jacobian import JacobianSum, Noise, jacobian_terms
 from grape_hf.core.layout import Layout, Pairing
 from grape_hf.core.modes import Forward
 from grape_hf.core.nodes import Broadcast, Receive
+from grape_hf.core.refit import refit_moments
 from grape_hf.core.star import Star, project_error
 from grape_hf.methods import dkp
 

@@ -190,9 +190,9 @@ def test_what_is_learned_is_the_jacobian_of_the_token_that_is_read(tmp_path):
     for step in range(60):
         run.begin_step(0)
         run.current_step = step
-        run._estimate = type(run._estimate)()
+        run.estimates.begin()
         run.estimate(lambda: model(**often), range(25 * len(data)))
-        total = total + run._estimate.mean()[1]
+        total = total + run.estimates.sums.mean()[1]
     estimate = total / 60
     seen: list[Tensor] = []
     with torch.no_grad(), boundaries.perturb(lambda i, h, *rest: seen.append(h) or h):

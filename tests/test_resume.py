@@ -17,7 +17,7 @@ from test_trainer import CHECKPOINTING
 from transformers import Trainer
 
 from grape_hf.core.feedback import Feedback
-from grape_hf.engine.run import FEEDBACK_NAME, STATE_NAME
+from grape_hf.engine.state import FEEDBACK_NAME, STATE_NAME
 
 CALIBRATED = LEARNED | {"calibration_refit": True}
 RUNS = {

@@ -346,5 +346,7 @@ def test_our_studies_can_be_run(file: Path, tmp_path: Path):
         given = study.options(method)
         trainer = given.pop("trainer", {})
         assert set(trainer) <= set(TRAINERS)
-        GrapeTrainingArguments(str(tmp_path), **(study.settings["arguments"] | given | {"bf16": False}))
+        GrapeTrainingArguments(
+            str(tmp_path), **(study.settings["arguments"] | given | {"bf16": False, "eval_strategy": "steps"})
+        )
         assert study.settings.get("rates_from") or len(study.grid.choices(method)) >= 2

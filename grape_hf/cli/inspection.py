@@ -183,7 +183,7 @@ def _inspect(
     first = {name: value[:1] for name, value in batch.items()}
     run.start(lambda: loss(first), steps_per_epoch=1)
     planned = run.jvp_mode
-    chosen = run.sampled(range(batch_size))
+    chosen = run.estimates.sampled(range(batch_size))
     try:
         run.begin_step(0)
         run.calibrating = False

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from grape_hf.core.boundaries import Boundaries
-from grape_hf.core.feedback import exact_pair
 from grape_hf.core.layout import SAME
 from grape_hf.core.modes import Forward
+from grape_hf.core.refit import exact_pair
 from grape_hf.core.star import project_error
 
 

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from grape_hf.training_args import GrapeArgumentsMixin
+
 CalibrationStrategy = Literal["no", "epoch", "steps", "adaptive"]
 
 # Weight of the past in the smoothed alignment: single estimates are noisy.
@@ -100,3 +102,15 @@ class CalibrationSchedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of an earlier run."""
         self.smoothed, self.last_step, self.count = state["smoothed"], state["last_step"], state["count"]
+
+
+def calibration_schedule(options: GrapeArgumentsMixin, seed: int, steps_per_epoch: int | None) -> CalibrationSchedule:
+    """Make the schedule that the options ask for; see ``CalibrationSchedule`` for what is refused."""
+    return CalibrationSchedule(
+        "no" if options.method == "bp" else options.calibration_strategy or "no",
+        options.calibration_interval or 1.0,
+        options.calibration_threshold,
+        options.calibration_cooldown,
+        seed,
+        steps_per_epoch,
+    )

@@ -26,7 +26,9 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from grape_hf.engine.run import FEEDBACK_NAME, STATE_NAME, GrapeRun
+from grape_hf.engine import state
+from grape_hf.engine.run import GrapeRun
+from grape_hf.engine.state import FEEDBACK_NAME, STATE_NAME
 from grape_hf.training_args import BASELINES, GrapeArgumentsMixin
 
 if TYPE_CHECKING:
@@ -45,7 +47,6 @@ class CheckpointMixin(_Base):
     """Checkpoints of a Trainer, with the feedback in them; ``GrapeMixin`` has it."""
 
     grape_options: GrapeArgumentsMixin
-    _run: GrapeRun | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -71,7 +72,7 @@ class CheckpointMixin(_Base):
         if not self.args.should_save or self.grape_options.method in ("bp", *BASELINES):
             return
         if self._run is not None and self._run.started:
-            self._run.save(Path(output_dir), finished=self.state.global_step != self._run.current_step)
+            state.save(self._run, Path(output_dir), self.state.global_step != self._run.current_step)
         elif self._resumed_from is not None and self._resumed_from.resolve() != Path(output_dir).resolve():
             # On SIGTERM, before the first step: what the run resumed from is what it has.
             for name in (FEEDBACK_NAME, STATE_NAME):
@@ -88,14 +89,14 @@ class CheckpointMixin(_Base):
         # B_l belongs to the weights beside which it was learned. With save_only_model there is none in a checkpoint.
         folder = Path(self.state.best_model_checkpoint or "")
         if self._run is not None and self._run.started and (folder / FEEDBACK_NAME).exists():
-            self._run.load_feedback(folder)
+            state.load_feedback(self._run, folder)
 
     def _resume(self, run: GrapeRun) -> None:
         """Read what the checkpoint says that this training resumes from."""
         if self._resumed_from is None:
             return
         if any((self._resumed_from / name).exists() for name in (FEEDBACK_NAME, STATE_NAME)):
-            run.load(self._resumed_from)
+            state.load(run, self._resumed_from)
         else:
             logger.warning(
                 f"GrAPE: no feedback matrices in {self._resumed_from}, which is of a stock Trainer, of another method "

@@ -24,21 +24,49 @@ the blocks' outputs, and a block backpropagates within itself. Option values tha
 ``feedback_rule``: with another rule it is ``method="grape"``.
 """
 
+from collections.abc import Callable
+
 from torch import nn
 
-from grape_hf.methods.base import Baseline
+from grape_hf.engine.ranks import Ranks
+from grape_hf.engine.run import GrapeRun
+from grape_hf.engine.star_engine import StarEngine
+from grape_hf.engine.step import Engine
+from grape_hf.methods.base import BaselineEngine
+from grape_hf.methods.dkp import DirectKolenPollack
 from grape_hf.methods.fa import FeedbackAlignment
 from grape_hf.methods.forward_gradient import ForwardGradient
 from grape_hf.methods.pepita import Pepita
 from grape_hf.training_args import GrapeArgumentsMixin
 
 
-def make_baseline(model: nn.Module, options: GrapeArgumentsMixin, seed: int) -> Baseline | None:
-    """Return the baseline that ``options.method`` names, None if it is a star or ordinary backpropagation.
+def make_engine(
+    model: nn.Module,
+    options: GrapeArgumentsMixin,
+    seed: int,
+    ranks: Ranks,
+    steps_per_epoch: int | None,
+    started: Callable[[GrapeRun], object],
+    restartable: bool = False,
+) -> Engine | None:
+    """Return what takes the training steps of ``options.method``; None if every step is the stock one.
+
+    Args:
+        model: the model.
+        options: GrAPE's options, with values for this model.
+        seed: of all draws.
+        ranks: the processes that train the model together.
+        steps_per_epoch: optimiser steps in an epoch, None where unknown.
+        started: called with a star's run when it has started.
+        restartable: as for ``GrapeRun``.
 
     Raises:
         ValueError: if the method cannot train this model.
     """
+    if options.method == "bp":
+        return None
     kinds: dict[str, type] = {"fa": FeedbackAlignment, "forward_gradient": ForwardGradient, "pepita": Pepita}
-    kind = kinds.get(options.method)
-    return None if kind is None else kind(model, options, seed)
+    if (kind := kinds.get(options.method)) is not None:
+        return BaselineEngine(kind(model, options, seed))
+    rule = DirectKolenPollack(options.feedback_lr or 0.0) if options.method == "dkp" else None
+    return StarEngine(GrapeRun(model, options, seed, ranks, restartable, rule), steps_per_epoch, started)

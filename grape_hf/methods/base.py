@@ -6,7 +6,7 @@ weight is a parameter. It is met by a ``TorchFunctionMode`` while the model runs
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,21 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Which part of the training a forward and backward are.
-
-    Args:
-        step: the optimiser step.
-        places: the samples' places in the global batch.
-        parts: number of micro-batches in the optimiser step, which are taken to be of one size; the loss that is
-            backpropagated is the mean over samples, divided by it.
-    """
-
-    step: int
-    places: Sequence[int]
-    parts: int = 1
+from grape_hf.engine.step import MicroBatch
 
 
 class Baseline(Protocol):
@@ -38,6 +24,25 @@ class Baseline(Protocol):
 
     def step(self, batch: MicroBatch) -> AbstractContextManager[None]:
         """Enclose the forward and backward of one micro-batch, after which gradients are in ``p.grad``."""
+
+
+class BaselineEngine:
+    """The stock step inside a baseline's.
+
+    Args:
+        baseline: the baseline.
+    """
+
+    def __init__(self, baseline: Baseline) -> None:
+        self.baseline = baseline
+
+    def take(self, batch: MicroBatch, stock: Callable[[], Tensor]) -> Tensor:
+        """Take the step; see ``Engine``."""
+        with self.baseline.step(batch):
+            return stock()
+
+    def close(self) -> None:
+        """Outside a step the model is untouched."""
 
 
 def seeded(seed: int, *key: int | str) -> torch.Generator:

@@ -22,8 +22,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from grape_hf.core.broadcast import Keep
 from grape_hf.core.layout import SAME
 from grape_hf.core.modes import Forward
+from grape_hf.engine.ranks import Ranks
 
 
 @torch.no_grad()
@@ -52,3 +54,33 @@ def products(forwards: Sequence[Forward], B: Sequence[Tensor]) -> list[Tensor]:
 def refine(B: Tensor, product: Tensor, rate: float, decay: float) -> Tensor:
     """Take the step of a weight with gradient ``product`` and weight decay: B - rate * (product + decay * B)."""
     return B - rate * (product + decay * B)
+
+
+class DirectKolenPollack:
+    """The rule of the equation above, for a run.
+
+    Args:
+        multiple: of the weights' learning rate, ``feedback_lr``.
+    """
+
+    keep: Keep = "h and e"
+
+    def __init__(self, multiple: float) -> None:
+        self.multiple = multiple
+        self._sums: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Begin an optimiser step."""
+        self._sums = []
+
+    def observe(self, forwards: Sequence[Forward], B: Sequence[Tensor]) -> None:
+        """Add sum_i h_l,i e_i^T of a micro-batch's forwards, after their backward."""
+        found = products(forwards, B)
+        self._sums = [a + b for a, b in zip(self._sums, found, strict=True)] if self._sums else found
+
+    def refined(self, B: Sequence[Tensor], ranks: Ranks, rate: float, decay: float) -> list[Tensor] | None:
+        """Return the matrices after the step of weights with learning rate ``rate`` and weight decay ``decay``."""
+        if not self._sums:
+            return None
+        means = [g / ranks.count for g in ranks.total(self._sums)]  # as of all gradients
+        return [refine(b, g, rate * self.multiple, decay) for b, g in zip(B, means, strict=True)]

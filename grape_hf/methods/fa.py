@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from grape_hf.methods.base import LayerCall, MicroBatch, layer_call, parameter_names, seeded
+from grape_hf.engine.step import MicroBatch
+from grape_hf.methods.base import LayerCall, layer_call, parameter_names, seeded
 from grape_hf.training_args import GrapeArgumentsMixin
 
 _UNSERVED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)

@@ -43,7 +43,8 @@ from grape_hf.core.jacobian import Noise
 from grape_hf.core.modes import Mode
 from grape_hf.core.tangents import ForwardModeError, dual_runner
 from grape_hf.engine.points import feedback_blocks
-from grape_hf.methods.base import MicroBatch, seeded
+from grape_hf.engine.step import MicroBatch
+from grape_hf.methods.base import seeded
 from grape_hf.training_args import GrapeArgumentsMixin
 
 

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from grape_hf.methods.base import MicroBatch, layer_call, seeded
+from grape_hf.engine.step import MicroBatch
+from grape_hf.methods.base import layer_call, seeded
 from grape_hf.training_args import GrapeArgumentsMixin
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

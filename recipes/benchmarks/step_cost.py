@@ -45,6 +45,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
+from grape_hf.engine.star_engine import StarEngine
 
 TOP = Path(__file__).parents[2]
 # transformers 5.23 calls it by its name, 5.17 does not know that name.
@@ -207,16 +208,16 @@ def put_seams(trainer: Trainer, clock: Clock) -> None:
     timed(trainer, "training_step", "whole")
     timed(trainer.accelerator, "backward", "backward")
     if isinstance(trainer, GrapeTrainer) and trainer.grape_options.method != "bp":
-        current = trainer._current_run
+        new_engine = trainer._new_engine
 
-        def with_seam() -> Any:  # each train() has a run of its own
-            run = current()
-            if run is not None and "finish_step" not in vars(run):
-                timed(run, "look_again", "estimate")
-                timed(run, "finish_step", "refinement")
-            return run
+        def with_seam() -> Any:  # each train() has an engine of its own
+            engine = new_engine()
+            if isinstance(engine, StarEngine):
+                timed(engine, "look_again", "estimate")
+                timed(engine.run, "finish_step", "refinement")
+            return engine
 
-        trainer._current_run = with_seam  # type: ignore[method-assign]
+        trainer._new_engine = with_seam  # type: ignore[method-assign]
 
 
 def measure_times(setting: dict[str, Any], scratch: Path) -> tuple[dict[str, list[list[float]]], dict[str, Any]]:

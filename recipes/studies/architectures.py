@@ -33,9 +33,9 @@ from transformers import PrinterCallback
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
 from grape_hf.core.alignment import frobenius_cosine
 from grape_hf.core.blocks import ends, find_blocks
-from grape_hf.core.feedback import exact_pair, refit
 from grape_hf.core.isolation import isolated
 from grape_hf.core.jacobian import Noise, jacobian_terms
+from grape_hf.core.refit import exact_pair, refit
 from grape_hf.engine.run import GrapeRun
 
 FOLDER = Path(__file__).with_suffix("")

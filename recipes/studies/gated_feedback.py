@@ -23,7 +23,7 @@ from regressed_feedback import RIDGE, train
 from torch import Tensor, nn
 
 from grape_hf.core.blocks import find_blocks
-from grape_hf.core.feedback import refit
+from grape_hf.core.refit import refit
 
 RESULTS = Path(__file__).parent / "images" / "gated_feedback"
 BELOW, SHAPE, N_Y = 4, (32, 16, 16), 100  # blocks below the point, its h_l for one image, and e

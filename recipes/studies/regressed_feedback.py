@@ -25,8 +25,8 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 from grape_hf.core.alignment import delta_alignment, delta_products
 from grape_hf.core.blocks import find_blocks, find_head
 from grape_hf.core.boundaries import Boundaries
-from grape_hf.core.feedback import refit, refit_moments
 from grape_hf.core.isolation import isolated
+from grape_hf.core.refit import refit, refit_moments
 from grape_hf.engine.points import feedback_blocks
 from grape_hf.vision import image_classifier
 from grape_hf.vision.data import Images, mean_and_std

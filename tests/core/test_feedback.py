@@ -7,18 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from grape_hf.core.feedback import (
-    Feedback,
-    initial_feedback,
-    normalize_columns,
-    refine_cosine,
-    refine_ema,
-    refine_lms,
-    refit,
-    refit_moments,
-)
+from grape_hf.core.feedback import Feedback, initial_feedback, normalize_columns, refine_cosine, refine_ema, refine_lms
 from grape_hf.core.jacobian import JacobianSum
 from grape_hf.core.modes import Forward
+from grape_hf.core.refit import refit, refit_moments
 
 
 def matrices() -> tuple[torch.Tensor, torch.Tensor]:

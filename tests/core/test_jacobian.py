@@ -482,5 +482,5 @@ def test_weights_of_a_block_whose_output_is_changed_before_it_is_read():
                 run.start(lambda: model(torch.randn(2, 4)), 10)
         else:
             run.start(lambda: model(torch.randn(2, 4)), 10)
-            assert run.spaces == found
+            assert run.estimates.spaces == found
         run.close()

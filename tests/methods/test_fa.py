@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from grape_hf import GrapeArgumentsMixin
-from grape_hf.methods.base import MicroBatch
+from grape_hf.engine.step import MicroBatch
 from grape_hf.methods.fa import FeedbackAlignment
 
 OPTIONS = GrapeArgumentsMixin(method="fa")

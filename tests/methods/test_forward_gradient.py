@@ -12,7 +12,8 @@ from grape_hf import GrapeArgumentsMixin
 from grape_hf.core.jacobian import Noise
 from grape_hf.core.layout import AUTO
 from grape_hf.core.tangents import ForwardModeError
-from grape_hf.methods.base import MicroBatch, seeded
+from grape_hf.engine.step import MicroBatch
+from grape_hf.methods.base import seeded
 from grape_hf.methods.forward_gradient import ForwardGradient
 
 WEIGHT = GrapeArgumentsMixin(method="forward_gradient", perturbation_space="weight")

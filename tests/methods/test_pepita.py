@@ -9,7 +9,7 @@ from helpers import count_hooks
 from torch import Tensor, nn
 
 from grape_hf import GrapeArgumentsMixin
-from grape_hf.methods.base import MicroBatch
+from grape_hf.engine.step import MicroBatch
 from grape_hf.methods.pepita import Pepita
 
 OPTIONS = GrapeArgumentsMixin(method="pepita")

@@ -1,0 +1,83 @@
+"""What the first error of a run shows: whether the loss reads y at one position alone, where no look could tell.
+
+A model that returns its loss is looked at before the first step (``probe.py``). Where the Trainer computes the loss, it
+is the first error that shows it; errors are paired so from the second step on.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grape_hf.core.boundaries import Boundaries, ReadAt
+from grape_hf.core.calls import ModelCall
+from grape_hf.core.feedback import Feedback
+from grape_hf.core.modes import Forward
+from grape_hf.engine.probe import read_position
+from grape_hf.engine.ranks import Ranks
+
+
+class FirstError:
+    """The first error of a run.
+
+    Args:
+        sharded: whether FSDP2 shards the model.
+        ranks: the processes that train the model.
+
+    Attributes:
+        seen: whether there was one.
+        taken: whether what it showed is in use.
+    """
+
+    def __init__(self, sharded: bool, ranks: Ranks) -> None:
+        self.sharded, self.ranks = sharded, ranks
+        self.seen, self.taken, self._positions = False, False, 1
+        self._found: ReadAt | None = None
+
+    def see(self, boundaries: Boundaries, e: Tensor | None, labels: Any) -> None:
+        """Look at e, in the shape of y."""
+        self.seen = True
+        if boundaries.read_at is not None or e is None or self.sharded:
+            return
+        vectors = boundaries.layout.vectors(e)
+        self._positions = vectors.shape[1]
+        of_tokens = isinstance(labels, Tensor) and labels.ndim > 1 and self._positions in labels.shape[1:]
+        self._found = None if of_tokens else read_position(vectors)
+
+    def take(self, boundaries: Boundaries, feedback: Feedback) -> bool:
+        """Pair errors so from the next step on: a step's micro-batches are paired alike. Return whether that is new."""
+        found, self._found = self.as_first_rank(self._found, feedback.B[0].device), None
+        self.taken = True
+        if found is None or boundaries.read_at is not None:
+            return False
+        boundaries.read_at = found
+        matrices = feedback.learned
+        starts = [b.shape[0] == b.shape[1] and torch.equal(b, torch.eye(len(b)).to(b)) for b in matrices]
+        if feedback.maps is not None:  # of maps only one that takes e is of other pairs now
+            starts = [start and s is None for start, s in zip(starts, feedback.maps.sources, strict=True)]
+        shared = [b / self._positions if start else b for b, start in zip(matrices, starts, strict=True)]
+        feedback.put(self.ranks.first(shared))
+        return True
+
+    def read_by(
+        self, boundaries: Boundaries, forwards: Sequence[Forward], call: ModelCall, rows: list[int] | None
+    ) -> Tensor | None:
+        """Where the loss read y in a call, ``(batch, positions)``, for these samples; None if that is everywhere."""
+        e = next((forward.e for forward in forwards if forward.call is call), None)
+        if boundaries.read_at is None or e is None or (rows is not None and len(e) != call.samples):
+            return None
+        read = boundaries.layout.vectors(e).ne(0).any(-1)
+        return read if rows is None else read[torch.tensor(rows, device=read.device)]
+
+    def as_first_rank(self, read_at: ReadAt | None, device: torch.device) -> ReadAt | None:
+        """Return what rank 0 has seen; each rank has looked at samples of its own."""
+        if self.ranks.count == 1:
+            return read_at
+        seen: list[ReadAt | None] = [None, "first", "last"]
+        return seen[int(self.ranks.first([number_for_ranks(seen.index(read_at), device)])[0])]
+
+
+def number_for_ranks(value: int, device: torch.device) -> Tensor:
+    """A number for other ranks, on a device that they can send it from."""
+    return torch.tensor(value, device="cpu" if device.type == "meta" else device)
