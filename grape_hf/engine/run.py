@@ -248,8 +248,7 @@ class GrapeRun:
         """Refine the feedback by what this optimiser step gathered on all ranks.
 
         Args:
-            rate: learning rate of the weights in this step; only ``rule`` asks for it, and for ``decay``, theirs.
-            decay: weight decay.
+            rate: learning rate of the weights, for ``rule`` alone, as is ``decay``, their weight decay.
         """
         assert self.current_step is not None
         step, feedback, measures = self.current_step, self.feedback, self.measures
