@@ -39,7 +39,7 @@ from problems import MLP, Problem
 from transformers import Trainer
 
 from grape_hf import GrapeArgumentsMixin
-from grape_hf.training_args import options_of
+from grape_hf.training_args import options_of, resolved
 
 EXAMPLES = settings.default.max_examples  # of the profile (conftest.py)
 
@@ -105,7 +105,9 @@ def test_any_value_of_any_option_is_right_or_refused_by_its_name(options):
         assert any(re.search(rf"\b{name}\b", refusal) for name in options)
         return
     assert made == GrapeArgumentsMixin(**vars(made)) == options_of(made)
-    assert [name for name, value in vars(made).items() if value is None] in ([], ["blocks"])
+    for convolutional in (False, True):  # whatever the model, no later refusal and nothing left open
+        values = vars(resolved(made, convolutional))
+        assert [name for name, value in values.items() if value is None] in ([], ["blocks"])
     numbers = [value for value in vars(made).values() if isinstance(value, int | float)]
     assert not any(math.isnan(number) for number in numbers)
 

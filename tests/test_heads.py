@@ -166,7 +166,7 @@ def gpt2(labels: int) -> tuple[nn.Module, nn.Module, Any]:
 def test_an_error_at_one_token_goes_to_every_position(make, read_at, labels, space, tmp_path):
     torch.manual_seed(0)
     model, block, data = make(labels)
-    delta, _, trainer = deltas(model, block, data, tmp_path, method="dfa", feedback_space=space)
+    delta, _, trainer = deltas(model, block, data, tmp_path, method="dfa", feedback_init="auto", feedback_space=space)
     assert delta.any(-1).all()
     torch.testing.assert_close(delta, delta[:, :1].expand_as(delta))  # the same B_l e_b everywhere
     if trainer.feedback[0].shape == (16, 16):

@@ -114,7 +114,10 @@ def render_card(
     assert isinstance(data, ModelCardData)
     task = data.get("pipeline_tag") or next(iter(listed(record.summary.tasks)), None) or task_of(record.architecture)
     data.pipeline_tag = task
-    data.tags = list(dict.fromkeys([*listed(data.get("tags")), *text.tags]))
+    tags = listed(data.get("tags"))
+    if record.adapter and not is_hub_id(data.get("base_model") or ""):  # a folder, whose path peft puts into both
+        data.base_model, tags = None, [tag for tag in tags if not str(tag).startswith("base_model:")]
+    data.tags = list(dict.fromkeys([*tags, *text.tags]))
     data.datasets = [tag for tag in listed(data.get("datasets")) if is_hub_id(tag)] or None
     data.model_name = data.get("model_name") or record.summary.model_name or record.architecture
     data.eval_results = eval_results(record, task) if task else data.get("eval_results")

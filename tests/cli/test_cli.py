@@ -136,6 +136,8 @@ class TestInspect:
         [
             ("timm:resnet10t --image_size 32 --overrides num_classes=10", "finite differences: the blocks hold conv"),
             ("timm:cifar_cnn --overrides num_classes=10", "Batch: 8 images of 3 x 32 x 32"),
+            ("timm:mnist_cnn", 'Settings: grape_preset="convnet", as there are convolutions in the blocks.'),
+            ("timm:mnist_cnn --grape_preset paper", 'Settings: grape_preset="paper", as asked for.'),
             ("type:bert --overrides num_hidden_layers=3,hidden_size=48", "BertForMaskedLM"),
             ("type:vit --overrides num_hidden_layers=2 --method dfa --image_size 32", "2 blocks, 1 feedback points"),
             ("type:gpt2 --overrides n_layer=20,n_embd=24", "  ...\n"),

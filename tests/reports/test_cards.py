@@ -473,6 +473,31 @@ def test_a_network_of_ours_says_what_must_be_imported(tmp_path: Path, monkeypatc
     assert "image_processor" in names
 
 
+def test_settings_that_auto_chose_from_memory_and_from_the_folder_alone(tmp_path: Path):
+    images = [{"pixel_values": torch.rand(1, 28, 28), "labels": torch.tensor(i % 2)} for i in range(8)]
+    args = arguments(tmp_path, max_steps=1, grape_preset="auto", jvp_steps=2)
+    trainer = GrapeTrainer(model=image_classifier("mnist_cnn", ["even", "odd"]), args=args, train_dataset=images)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    trainer.create_model_card()
+    line = "Method `grape`, preset `convnet`, which `auto` chose by the model's blocks; what differs"
+    written = (tmp_path / "README.md").read_text()
+    assert line in written
+    assert "| `jvp_steps` | `2` | `4` |" in written
+    assert "| `feedback_points` |" not in written
+    (tmp_path / "README.md").unlink()
+    assert line in write_card(tmp_path).read_text()
+
+
+@pytest.mark.parametrize(("start", "name"), [(None, "random"), ("identity", "identity"), ("zero", "zero")])
+def test_dfa_says_what_its_matrices_are(start: str | None, name: str, tmp_path: Path):
+    trainer = prepare(tmp_path, method="dfa", max_steps=1, feedback_init=start)
+    trainer.train()
+    trainer.create_model_card()
+    assert f"**direct feedback alignment (DFA) with fixed {name} feedback**" in (tmp_path / "README.md").read_text()
+
+
 def test_a_model_that_transformers_does_not_know(tmp_path: Path):
     trainer = prepare(tmp_path, max_steps=1)
     trainer.train()
