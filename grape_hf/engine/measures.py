@@ -12,8 +12,8 @@ from torch import Tensor
 from grape_hf.core.alignment import delta_alignment, delta_products, replayed_alignment, size_ratio
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.feedback import Feedback
-from grape_hf.core.refit import refit_moments
 from grape_hf.core.modes import Forward
+from grape_hf.core.refit import refit_moments
 from grape_hf.engine.aside import Aside
 from grape_hf.engine.calibration import CalibrationSchedule
 from grape_hf.engine.drift import DriftGuard

@@ -56,6 +56,7 @@ class GrapeRun:
         schedule: when to calibrate.
         drift: which boundaries were given up.
         hooks: what is on the model until ``close``.
+        started: whether it is there.
         began_with: the state that the step under way started from, if ``restartable``.
 
     Raises:
@@ -85,7 +86,7 @@ class GrapeRun:
         self.maps: BlockMaps | None = None
         self.measures = Measures(options, ranks)
         self.hooks = ExitStack()
-        self._started = False
+        self.started = False
 
     def start(self, forward: Callable[[], object], steps_per_epoch: int | None = None) -> None:
         """Look at the shapes in one forward, make the feedback matrices, attach the hooks.
@@ -99,7 +100,7 @@ class GrapeRun:
                 needs the length of an epoch.
             RuntimeError: if the blocks do not run once each, in order, each on the output of the one before.
         """
-        if self._started or not isinstance(forward, ModelCall):
+        if self.started or not isinstance(forward, ModelCall):
             self.close()
         self.schedule = calibration_schedule(self.options, self.seed, steps_per_epoch)
         options, starts = self.options, Starts(self.model, self.options, self.block_names)
@@ -129,12 +130,12 @@ class GrapeRun:
         self.estimates.start(self.block_names, self.blocks, shapes)
         self.hooks.enter_context(self.boundaries.attached())
         forget_compiled_code()
-        self._started = True
+        self.started = True
 
     def close(self) -> None:
         """Take the hooks off the model. The feedback matrices stay."""
         self.hooks.close()
-        self._started = False
+        self.started = False
 
     def begin_step(self, step: int) -> None:
         """Say which optimiser step the coming micro-batch belongs to; decides what kind of step it is, once."""
@@ -148,11 +149,6 @@ class GrapeRun:
         for learner in (self.maps, self.rule):
             if learner is not None:
                 learner.begin()
-
-    @property
-    def started(self) -> bool:
-        """Whether the hooks are on the model."""
-        return self._started
 
     @property
     def single_block(self) -> bool:
@@ -248,7 +244,8 @@ class GrapeRun:
         """Refine the feedback by what this optimiser step gathered on all ranks.
 
         Args:
-            rate: learning rate of the weights, for ``rule`` alone, as is ``decay``, their weight decay.
+            rate: learning rate of the weights in this step; only ``rule`` asks for it and the next.
+            decay: weight decay of the weights.
         """
         assert self.current_step is not None
         step, feedback, measures = self.current_step, self.feedback, self.measures
