@@ -183,6 +183,7 @@ PROPER: dict[str, list[Any]] = {
     "calibration_threshold": [-1, 0.3, 1],
     "calibration_cooldown": [1, 2, 100],
     "alignment_steps": [0, 1, 3],
+    "feedback_sweeps": [0, 1, 2, 10],
     "max_skipped_refinements": [0, 1, 100],
     "fallback_threshold": [-1, 0, 1],
     "fallback_patience": [1, 2, 10],

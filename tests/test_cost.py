@@ -109,6 +109,31 @@ def test_a_step_on_which_no_estimate_is_due_costs_a_star(tmp_path):
     assert step_flops(tmp_path, step=2, **options) > star
 
 
+def test_maps_of_blocks_cost_one_product_each_beside_the_star(tmp_path):
+    """G d is the delta of the block below, which the star has made; (v - G d) d^T is a product. Then B is made anew."""
+    options = dict(method="grape", feedback_rule="local")
+    star = step_flops(tmp_path, **GAUSSIAN)
+    product = (BLOCKS - 2) * WIDTH * PRODUCT  # G_l times the B above it
+    # The bound on the largest eigenvalue takes the products of up to 256 vectors with each other; there are N.
+    bound = (BLOCKS - 1) * 2 * N * N * WIDTH
+    learned = (BLOCKS - 1) * N * PRODUCT
+    assert step_flops(tmp_path, jvp_steps=1, **options) == star + learned + bound + product
+    assert step_flops(tmp_path, jvp_steps=2, **options) == star
+
+
+def test_a_sweep_costs_one_backward_without_weight_gradients(tmp_path):
+    """Of the blocks behind a boundary, as those above it; the second sweep leaves out the last block."""
+    options = dict(method="dfa", feedback_init="identity")
+    star = step_flops(tmp_path, **options)
+    inputs = linear_flops(BATCH) + 2 * attention_flops(BATCH)  # of one block: a product each, two for two activations
+    assert step_flops(tmp_path, feedback_sweeps=1, **options) == star + (BLOCKS - 1) * inputs
+    assert step_flops(tmp_path, feedback_sweeps=2, **options) == star + (2 * BLOCKS - 3) * inputs
+
+
+def test_the_shortcut_path_of_a_transformer_costs_nothing(tmp_path):
+    assert step_flops(tmp_path, method="dfa", feedback_path="shortcut") == step_flops(tmp_path, method="bp")
+
+
 @pytest.mark.parametrize(
     ("mode", "passes", "extra"),
     [

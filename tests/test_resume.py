@@ -26,6 +26,8 @@ RUNS = {
     "paper": {"grape_preset": "paper", "feedback_space": "hidden", "perturbation_space": "activation"},
     "dfa-gaussian": {"method": "dfa", "feedback_init": "gaussian"},
     "measured": LEARNED | {"alignment_steps": 3},
+    "local": LEARNED | {"feedback_rule": "local", "jvp_steps": 2, "feedback_sweeps": 1},
+    "block": LEARNED | {"jvp_scope": "block", "jvp_steps": 2},
     "accumulation": LEARNED | {"gradient_accumulation_steps": 2, "jvp_fraction": 0.25},
     "bp": {"method": "bp"},
 }

@@ -426,6 +426,14 @@ def test_inductor(tmp_path):
     assert differ(weights(train(PLAIN, tmp_path, Trainer, **GENTLE)), weights(compiled))
 
 
+@compiling
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_blocks_teach_their_maps(backend, tmp_path):
+    options = GENTLE | LEARNED | {"feedback_rule": "local"}
+    compiled = train(PLAIN, tmp_path, torch_compile=True, torch_compile_backend=backend, **options)
+    assert_same(weights(compiled), weights(train(PLAIN, tmp_path, **options)), **NEARLY)
+
+
 # --- less precise products -------------------------------------------------------------------------------------------
 
 

@@ -217,9 +217,14 @@ class Star:
         indices = sorted(self.arms)
         for number in range(min(self.sweeps, len(indices))):
             below = indices[: len(indices) - number]  # those above are exact by now
-            # The arms are cut from each other, so each input gets what its own block sends it.
-            outputs = [self.arms[index].h for index in indices[1:]] + [self.y]
-            errors = [deltas[index].to(self.arms[index].h) for index in indices[1:]] + [e.to(self.y.dtype)]
+            # The arms are cut from each other, so each input gets what its own block sends it, or where an encoder's
+            # output is read by all blocks of a decoder, what these send it.
+            all_read = any(self.arms[index].pairing.pooled for index in below)
+            readers = indices[1:] if all_read else indices[1 : len(below) + 1]
+            outputs = [self.arms[index].h for index in readers]
+            errors = [deltas[index].to(self.arms[index].h) for index in readers]
+            if number == 0 or all_read:
+                outputs, errors = [*outputs, self.y], [*errors, e.to(self.y.dtype)]
             inputs = [self.arms[index].cut for index in below]
             exact = torch.autograd.grad(outputs, inputs, errors, retain_graph=True, allow_unused=True)
             corrected = dict(deltas)

@@ -20,6 +20,9 @@ RUNS = {
     # Samples 0 and 10 of 16, in both micro-batches the first rank's: the second has none.
     "fraction": LEARNED | {"jvp_fraction": 0.1, "gradient_accumulation_steps": 2},
     "differences": LEARNED | {"jvp_mode": "finite_difference", "jvp_passes": "per_block"},
+    "local": LEARNED | {"feedback_rule": "local", "gradient_accumulation_steps": 2, "alignment_steps": 2},
+    "swept": LEARNED | {"feedback_rule": "local", "feedback_sweeps": 1, "feedback_path": "shortcut"},
+    "block": LEARNED | {"jvp_scope": "block"},
     "paper": {"grape_preset": "paper", "perturbation_space": "weight", "calibration_interval": 0.5},
     "dkp": {"method": "dkp", "ddp_find_unused_parameters": False},
     "refit": CALIBRATED | {"gradient_accumulation_steps": 2},

@@ -20,6 +20,7 @@ RUNS = {
     "measured": (WRAPPED, LEARNED | {"alignment_steps": 1, "gradient_accumulation_steps": 2}),
     "refit": (WRAPPED | {"reshard_after_forward": False}, CALIBRATED),
     # The first sample of eight: rank 1 has none, and must take part in the forward.
+    "local": (WRAPPED, LEARNED | {"feedback_rule": "local", "gradient_accumulation_steps": 2}),
     "fraction": (WRAPPED | {"cpu_ram_efficient_loading": True}, LEARNED | {"jvp_fraction": 0.1}),
     "activation-checkpointing": (WRAPPED | {"activation_checkpointing": True}, CALIBRATED),
     "dkp": ({"auto_wrap_policy": "NO_WRAP"}, {"method": "dkp"}),
