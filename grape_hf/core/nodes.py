@@ -43,7 +43,9 @@ class Receive(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Return delta_l."""
+        """Return delta_l; nothing while a sweep comes by."""
+        if ctx.star.sweeping:
+            return (None,) * 7
         delta = ctx.star.delta(ctx.index, ctx.B, ctx.h_shape, ctx.pairing.padded(ctx.padding))
         return delta.to(ctx.device, ctx.dtype), _zero(ctx.before), None, None, None, None, None
 

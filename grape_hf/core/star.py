@@ -149,6 +149,8 @@ class Star:
         site: which node is the one at y. Where blocks are left out at random any of them may be the last that ran.
         arms: the boundaries, kept for sweeps and paths alone.
         y: the output with its graph, kept for sweeps and paths alone.
+        sweeping: whether a sweep is under way. Its backward comes by the nodes of arms that lie below, which then
+            receive nothing.
     """
 
     def __init__(
@@ -159,6 +161,7 @@ class Star:
         self.lesson, self.sweeps, self.path, self.maps = lesson, sweeps, path, maps
         self.arms: dict[int, Arm] = {}
         self.y: Tensor | None = None
+        self.sweeping = False
         self._ready: dict[int, Tensor] = {}
 
     def put(self, e: Tensor) -> None:
@@ -226,7 +229,11 @@ class Star:
             if number == 0 or all_read:
                 outputs, errors = [*outputs, self.y], [*errors, e.to(self.y.dtype)]
             inputs = [self.arms[index].cut for index in below]
-            exact = torch.autograd.grad(outputs, inputs, errors, retain_graph=True, allow_unused=True)
+            self.sweeping = True
+            try:
+                exact = torch.autograd.grad(outputs, inputs, errors, retain_graph=True, allow_unused=True)
+            finally:
+                self.sweeping = False
             corrected = dict(deltas)
             for place, v in reversed(list(enumerate(exact))):
                 index, above = below[place], indices[place + 1] if place + 1 < len(indices) else None

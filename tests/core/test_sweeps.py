@@ -1,13 +1,14 @@
 """Sweeps over the deltas: L - 1 of them are backpropagation, one is the formula in plain loops."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 from problems import GPT2
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForSeq2SeqLM, T5Config
+from transformers import AutoModelForSeq2SeqLM, GPT2Config, GPT2LMHeadModel, T5Config
 
 from grape_hf.core.block_maps import BlockMaps
 from grape_hf.core.blocks import find_blocks
@@ -30,8 +31,11 @@ def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def in_star(model: nn.Module, loss: Callable[[], Tensor], maps: BlockMaps | None, sweeps: int) -> dict[str, Tensor]:
-    boundaries = Boundaries(list(find_blocks(model).values()))
+def in_star(
+    model: nn.Module, loss: Callable[[], Tensor], maps: BlockMaps | None, sweeps: int, by_readers: bool = False
+) -> dict[str, Tensor]:
+    blocks = list(find_blocks(model).values())
+    boundaries = Boundaries(blocks, readers=[[block] for block in blocks[1:]] if by_readers else None)
     B = ["identity"] * len(boundaries) if maps is None else maps.product()
     with boundaries.attached(), boundaries.broadcast(B, refinement=Refinement(maps, sweeps=sweeps)):
         return gradients(model, loss)
@@ -54,6 +58,31 @@ def test_as_many_sweeps_as_boundaries_are_backpropagation(coarse):
         torch.testing.assert_close(got[name], gradient, rtol=1e-12, atol=1e-15)
         assert torch.equal(more[name], got[name])
     assert any(not torch.allclose(too_few[name], gradient, rtol=1e-6) for name, gradient in expected.items())
+
+
+def test_sweeps_where_any_block_may_be_the_last():
+    """A run cuts h_l where the next block reads it, and puts a node for y behind every block."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=31, n_positions=8, n_embd=16, n_layer=6, n_head=2, bos_token_id=0, eos_token_id=0)
+    config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = 0.0
+    model = GPT2LMHeadModel(config).double()
+    x = torch.randint(31, (3, 8))
+
+    def loss() -> Tensor:
+        return model(x, labels=x).loss
+
+    expected = gradients(model, loss)
+    got = in_star(model, loss, None, 5, by_readers=True)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-13)
+    # Each sweep brings every block nearer.
+    weights = [f"transformer.h.{i}.mlp.c_fc.weight" for i in range(6)]
+    errors = [
+        [float((found[name] - expected[name]).norm()) for name in weights]
+        for found in (in_star(model, loss, None, sweeps, by_readers=True) for sweeps in range(4))
+    ]
+    for before, after in pairwise(errors):
+        assert all(a <= b for a, b in zip(after, before, strict=True))
 
 
 @pytest.mark.parametrize("sweeps", [1, 2])
