@@ -86,7 +86,9 @@ class Images(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Make a batch; what a ``DataLoader`` calls in place of ``__getitem__`` for each image."""
         with self.stopwatch:
-            chosen = torch.tensor(indices, device=self.pixels.device)
+            chosen = torch.tensor(indices).to(
+                self.pixels.device, non_blocking=True
+            )  # else it waits for the step before
             pixels = self._augmented(chosen) if self.padding or self.flip else self.pixels[chosen]
             layout = torch.channels_last if self.channels_last else torch.contiguous_format
             pixels = pixels.to(torch.float32, memory_format=layout).sub_(self._mean).div_(self._std)

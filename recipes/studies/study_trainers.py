@@ -4,7 +4,9 @@ Each is chosen in a study's YAML by ``trainer: {<name>: <value>}`` among a metho
 
 - ``late_blocks: k``: backpropagation with the delay of a pipeline (``LateBlocks``);
 - ``first_points: k``: feedback at h_1 .. h_k, the exact gradient above (``FirstPoints``);
-- ``exact_part: name``: exact weight gradients for one part of every block (``ExactPart``).
+- ``exact_part: name``: exact weight gradients for one part of every block (``ExactPart``);
+- ``measured_updates: cosine``: gradients of a block times their measured cosine (``MeasuredUpdates``);
+- ``smaller_below: c``: gradients times c in the lower two thirds of the blocks (``SmallerBelow``).
 
 They count on one backward for each optimiser step.
 """
@@ -119,10 +121,84 @@ class ExactPart(StudyTrainer):
         return loss
 
 
+class ScaledBlocks(StudyTrainer):
+    """A ``GrapeTrainer`` that multiplies the gradients of each block's weights by a number of its own.
+
+    What lies in front of the first block has that block's number. Weight decay, which the optimiser adds, is as ever.
+    With SGD, momentum or not, it is a learning rate for each block.
+    """
+
+    def __init__(self, value: Any, **kwargs: Any) -> None:
+        super().__init__(value, **kwargs)
+        blocks = self.model_blocks
+        in_blocks = {id(p) for block in blocks for p in block.parameters()} | _behind(self.model, blocks)
+        self._weights = [list(block.parameters()) for block in blocks]
+        self._weights[0] += [p for p in self.model.parameters() if id(p) not in in_blocks]
+
+    def scales(self) -> list[Tensor | float]:
+        """Return the number of each block from the first on; of those that are left out it is 1."""
+        raise NotImplementedError
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take the stock step, and scale what it leaves."""
+        loss = super().training_step(*args, **kwargs)
+        for weights, scale in zip(self._weights, self.scales(), strict=False):
+            for weight in weights:
+                if weight.grad is not None:
+                    weight.grad.mul_(scale)
+        return loss
+
+
+class MeasuredUpdates(ScaledBlocks):
+    r"""The star, with the gradient g of each block's weights made smaller where it has been measured to be wrong.
+
+    .. math::
+        g \leftarrow \max(0, c)\, g \quad (\text{``cosine``}), \qquad
+        g \leftarrow \max(0, c)\, \frac{|g'|}{|g|}\, g \quad (\text{``projection``}),
+
+    with g' the exact gradient, c = cos(g, g') and both figures a moving average (0.8 of the past) over measurements,
+    one in ``alignment_steps`` optimiser steps. The second is what of g' lies along g: the best step in that direction.
+    The last block, whose gradient is exact, is left as it is.
+    """
+
+    def __init__(self, value: str, **kwargs: Any) -> None:
+        super().__init__(value, **kwargs)
+        if value not in ("cosine", "projection") or not self.args.alignment_steps:
+            raise ValueError(
+                f"measured_updates={value!r} with alignment_steps={self.args.alignment_steps}: expected cosine or "
+                "projection, and alignment_steps of 1 at least."
+            )
+        self._smoothed: list[Tensor | float] = []
+
+    def scales(self) -> list[Tensor | float]:
+        """Return what was measured, after a step with a measurement, which the first is, the newest included."""
+        if self.state.global_step % self.args.alignment_steps == 0:
+            assert self._run is not None
+            found, number = self._run.metrics, len(self._weights) - 1
+            cosines = [found[f"weight_gradient/cosine/h_{i}"] for i in range(1, number + 1)]
+            values = [torch.as_tensor(c).nan_to_num(0.0).clamp(min=0.0) for c in cosines]
+            if self.value == "projection":
+                sizes = [torch.as_tensor(found[f"weight_gradient/size/h_{i}"]) for i in range(1, number + 1)]
+                values = [torch.where(s > 0, v / s, 0.0) for v, s in zip(values, sizes, strict=True)]
+            past = self._smoothed or values
+            self._smoothed = [0.8 * a + 0.2 * b for a, b in zip(past, values, strict=True)]
+        return self._smoothed
+
+
+class SmallerBelow(ScaledBlocks):
+    """The control of ``MeasuredUpdates``: the lower two thirds of the blocks have one factor, nothing is measured."""
+
+    def scales(self) -> list[Tensor | float]:
+        """Return the factor of each of the lower blocks."""
+        return [float(self.value)] * (2 * len(self._weights) // 3)
+
+
 TRAINERS: dict[str, type[StudyTrainer]] = {
     "late_blocks": LateBlocks,
     "first_points": FirstPoints,
     "exact_part": ExactPart,
+    "measured_updates": MeasuredUpdates,
+    "smaller_below": SmallerBelow,
 }
 
 

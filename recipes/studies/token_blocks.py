@@ -34,7 +34,8 @@ class TokenBlocks(Dataset):
 
     def __getitems__(self, indices: list[int]) -> Tensor:
         """Return a batch of blocks, ``(batch, context)``."""
-        return self.tokens[torch.tensor(indices, device=self.tokens.device)].long()
+        chosen = torch.tensor(indices).to(self.tokens.device, non_blocking=True)  # else it waits for the step before
+        return self.tokens[chosen].long()
 
 
 def folder_of(data: dict[str, Any]) -> Path:
