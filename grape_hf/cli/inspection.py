@@ -188,14 +188,14 @@ def _inspect(
         run.begin_step(0)
         run.calibrating = False
         flops = {"bp": bp * scale, "star": _flops(star) * scale, "estimate": 0.0}
-        if options.method in ESTIMATING:
+        if options.method in ESTIMATING and options.feedback_rule != "local":
             counted = min(len(chosen), samples)
             some = {name: value[:counted] for name, value in batch.items()}
             estimate = _flops(lambda: run.estimate(lambda: loss(some), range(counted)))
             flops["estimate"] = estimate * len(chosen) / counted
         if run.jvp_mode != planned and device == "meta":
             return None
-        feedback = sum(b.numel() * b.element_size() for b in run.feedback.B)
+        feedback = sum(t.numel() * t.element_size() for t in run.feedback.tensors().values())
         n_y = run.feedback.B[0].shape[1]
         sizes = [(b.shape[0], b.shape[1]) for b in run.feedback.B]
         space = "hidden" if run.boundaries.output is ends(run.blocks[-1])[1] else "logits"
@@ -218,7 +218,7 @@ def _inspect(
         space=space,
         n_y=n_y,
         options=options,
-        jvp_mode=run.jvp_mode if options.method in ESTIMATING else None,
+        jvp_mode=run.jvp_mode if options.method in ESTIMATING and options.feedback_rule != "local" else None,
         jvp_reason=_reason(options, run, planned),
         samples=(batch_size, len(chosen)),
         flops=flops,
@@ -228,7 +228,7 @@ def _inspect(
             "optimiser": 2 * of_trained,
             "activations": int(sum(storage.nbytes() for storage in kept.values()) * scale),
             "feedback": feedback,
-            "estimate": feedback if options.method in ESTIMATING else 0,
+            "estimate": feedback if options.method in ESTIMATING else 0,  # or the sums that maps learn from
             "delta": int(largest * scale),
         },
         counted_on=device,

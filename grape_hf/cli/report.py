@@ -38,7 +38,10 @@ def describe(found: Inspection, name: str, batch: str) -> str:
         "",
         "Learning B_l",
     ]
-    if found.jvp_mode is None:
+    if options.method == "grape" and options.feedback_rule == "local":
+        every = "step" if options.jvp_steps == 1 else f"{options.jvp_steps} steps"
+        lines.append(f"  each block learns a map from its own backward, every {every}; no forward-mode derivatives")
+    elif found.jvp_mode is None:
         lines.append(f'  method="{options.method}": no forward-mode derivatives are taken')
     else:
         samples, chosen = found.samples

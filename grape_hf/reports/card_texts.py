@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from grape_hf.training_args import GrapeArgumentsMixin
+
 _PAPER = "Scaling Direct Feedback Learning with Jacobian Alignment Guarantees"
 _URL = "https://openreview.net/forum?id=kasbbmwk3s"
 _STAR = (
@@ -31,6 +33,18 @@ class MethodText:
     bibtex: str = ""
 
 
+_LEARNED = "learns it from forward-mode derivatives on a part of the batch"
+# The same where options say otherwise.
+_BY_MAPS = "is the product of maps, one for each block above, that the block learns from its own backward"
+_PATH = (
+    " The error also takes the shortcut connections of those blocks, at the very samples of the batch; B_l stands for "
+    "the rest."
+)
+_SWEEPS = (
+    " Before the errors are used they are corrected {times}: each block sends its own back through itself, all at "
+    "once, and the block below gets what came out."
+)
+
 # What the matrices of DFA are, by the start that they stay at; `auto` is one of the first two.
 FIXED = {"identity": "fixed identity", "gaussian": "fixed random", "zero": "fixed zero", "auto": "fixed"}
 
@@ -50,9 +64,8 @@ METHOD_TEXTS = {
     "grape": MethodText(
         "GrAPE",
         f"With GrAPE, {_STAR}; no chain of backward passes orders the blocks' updates. B_l stands in for the "
-        "transposed Jacobian of all that lies above block l, and learns it from forward-mode derivatives on a part of "
-        "the batch. Where the options ask for it, a few steps are ordinary backpropagation, to bring weights and "
-        "feedback back into line (calibration).",
+        f"transposed Jacobian of all that lies above block l, and {_LEARNED}. Where the options ask for it, a few steps "
+        "are ordinary backpropagation, to bring weights and feedback back into line (calibration).",
         f"*{_PAPER}*, ICLR 2026, {_URL}",
         ("grape", "direct-feedback-alignment"),
         f"@inproceedings{{grape2026,\n  title     = {{{_PAPER}}},\n"
@@ -108,3 +121,19 @@ METHOD_TEXTS = {
         ("pepita",),
     ),
 }
+
+
+def about(options: GrapeArgumentsMixin) -> str:
+    """Say what a method is with these options: what learns B_l, and which way the error takes.
+
+    Args:
+        options: of a run, with values for its model.
+    """
+    text = METHOD_TEXTS[options.method].about
+    if options.method == "grape" and options.feedback_rule == "local":
+        text = text.replace(_LEARNED, _BY_MAPS)
+    if options.method in ("grape", "dfa"):
+        times = "once" if options.feedback_sweeps == 1 else f"{options.feedback_sweeps} times"
+        text += _PATH if options.feedback_path == "shortcut" else ""
+        text += _SWEEPS.format(times=times) if options.feedback_sweeps else ""
+    return text

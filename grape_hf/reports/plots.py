@@ -23,7 +23,7 @@ except ImportError as error:
 from grape_hf.reports.log_names import PREFIX
 
 History = Sequence[Mapping[str, Any]]
-Kind = Literal["estimate", "exact"]
+Kind = Literal["estimate", "exact", "weights"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
@@ -35,6 +35,7 @@ _LABELS = {
     "eval_perplexity": "validation perplexity per token",
     "eval_word_perplexity": "validation perplexity per word",
     "estimate": "cos(B, estimated Jacobian)",
+    "weights": "cos of weight gradients with the exact ones",
     "exact": "cos(B e, exact delta)",
 }
 _MEANS = "/mean"
@@ -63,13 +64,14 @@ def alignment_table(history: History, kind: Kind = "estimate") -> tuple[list[int
 
     Args:
         history: log entries; those without alignment are passed over.
-        kind: ``estimate`` for cos(B, J_hat), ``exact`` for cos(B e, delta).
+        kind: ``estimate`` for cos(B, J_hat), ``exact`` for cos(B e, delta), ``weights`` for the gradients of
+            the block's weights.
 
     Returns:
         The n steps, the m names of boundaries from bottom to top of the model, and the cosines, ``(m, n)``, NaN where
         a step lacks one. All empty if nothing was logged.
     """
-    prefix = f"{PREFIX}alignment/{kind}/"
+    prefix = _prefix(kind)
     entries = [entry for entry in history if any(key.startswith(prefix) for key in entry)]
     keys = dict.fromkeys(key for entry in entries for key in entry if key.startswith(prefix))  # in order, each once
     keys.pop(prefix.removesuffix("/") + _MEANS, None)
@@ -147,9 +149,7 @@ def draw_alignment(axes: Axes, history: History, kind: Kind = "estimate") -> Non
     """
     steps, names, values = alignment_table(history, kind)
     if not names:
-        raise ValueError(
-            f"No log entry has {PREFIX}alignment/{kind}/... to draw: the run made no feedback, or never logged it."
-        )
+        raise ValueError(f"No log entry has {_prefix(kind)}... to draw: the run made no feedback, or never logged it.")
     lowest = min(0.0, float(np.nanmin(values))) if np.isfinite(values).any() else 0.0
     axes.set_facecolor("white")  # undefined cosines: no colour of the map is white
     rows = np.arange(len(names) + 1) - 0.5
@@ -222,6 +222,10 @@ def _draw_maps(panels: Sequence[Axes], maps: Sequence[Map]) -> None:
     for axes, (name, history, kind) in zip(panels, maps, strict=True):
         draw_alignment(axes, history, kind)
         axes.set_title(name)
+
+
+def _prefix(kind: Kind) -> str:
+    return f"{PREFIX}weight_gradient/cosine/" if kind == "weights" else f"{PREFIX}alignment/{kind}/"
 
 
 def _aligned(history: History, kind: Kind) -> bool:

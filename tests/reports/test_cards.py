@@ -506,3 +506,20 @@ def test_a_model_that_transformers_does_not_know(tmp_path: Path):
     text = (tmp_path / "README.md").read_text()
     assert "`Mine` is not part of transformers." in text
     assert "```python" not in text
+
+
+def test_a_card_says_what_learned_the_feedback_and_which_way_the_error_took(tmp_path: Path):
+    """Not of forward-mode derivatives where there were none; and what the update has seen is in the table."""
+    options = {"feedback_rule": "local", "feedback_path": "shortcut", "feedback_sweeps": 1, "alignment_steps": 5}
+    run = make_trainer(GPT2, tmp_path, method="grape", jvp_steps=1, **options)
+    run.train()
+    run.create_model_card(dataset="random tokens")
+    card = (tmp_path / "README.md").read_text()
+    assert "maps, one for each block above, that the block learns from its own backward" in card
+    assert "forward-mode" not in card
+    assert "shortcut connections of those blocks" in card
+    assert "corrected once" in card
+    assert "| boundary | output of | cos(G δ, v) | cos(B e, δ) | cos(g, g*) | \\|g\\| / \\|g*\\| |" in card
+    logged = next(e for e in reversed(run.state.log_history) if "grape/weight_gradient/cosine/h_1" in e)
+    assert f"{logged['grape/weight_gradient/cosine/h_1']:.3f}" in card
+    assert f"{logged['grape/weight_gradient/size/h_2']:.3f}" in card
