@@ -1,4 +1,4 @@
-"""The studies of language models: cells of a few steps, the laws of their own Trainers, what comes back from a machine.
+"""The studies of language models and images: cells of a few steps, the laws of their Trainers, what machines bring back.
 
 First half: gradients against oracles. Second half: which cells are run and what is made of them.
 """
@@ -13,13 +13,19 @@ from typing import Any
 
 import bundle
 import curves
+import image_pixels
 import language_model
 import numpy as np
 import pytest
+import token_blocks
 import torch
 import yaml
 from grid import TOP, Cell, Grid, fill
-from study_trainers import TRAINERS, ExactPart, FirstPoints, LateBlocks, part_of
+from image_model import ImageStudy
+from image_pixels import squeezed, unsqueezed
+from language_model import LanguageStudy
+from study import Study, run
+from study_trainers import TRAINERS, ExactPart, FirstPoints, LateBlocks, MeasuredUpdates, SmallerBelow, part_of
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
@@ -27,7 +33,10 @@ from grape_hf import GrapeTrainer, GrapeTrainingArguments
 from grape_hf.recipes.cells import Cells
 
 FOLDER = TOP / "recipes" / "studies"
-STUDIES = [*sorted((FOLDER / "novels").glob("*.yaml")), FOLDER / "language_model.yaml"]
+STUDIES: list[tuple[type[Study], Path]] = [
+    *((LanguageStudy, path) for path in [*sorted((FOLDER / "novels").glob("*.yaml")), FOLDER / "language_model.yaml"]),
+    *((ImageStudy, path) for path in [FOLDER / "images" / "paths.yaml", *(FOLDER / "images").glob("local_*.yaml")]),
+]
 LAYERS, CONTEXT = 4, 8
 
 
@@ -207,7 +216,7 @@ def small_study(folder: Path, name: str = "small", **changes: Any) -> Path:
         "seeds": [0, 1],
         "methods": {"bp": {"method": "bp"}, "identity": STAR, "late": {"method": "bp", "trainer": {"late_blocks": 1}}},
     } | changes
-    data = language_model.prepare.__globals__["folder_of"](settings["data"])
+    data = token_blocks.folder_of(settings["data"])
     data.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     for split in ("train", "validation", "test"):
@@ -264,42 +273,42 @@ class TestStudies:
         assert {path: path.read_bytes() for path in before} == before
 
     def test_a_cell_whose_time_is_up_leaves_its_curve(self, tmp_path: Path):
-        study = language_model.Study(small_study(tmp_path, steps=10_000))
-        blocks = language_model.load(study.settings["data"], torch.device("cpu"))
+        study = LanguageStudy(small_study(tmp_path, steps=10_000))
+        blocks = study.load(torch.device("cpu"))
         cell = Cell("bp", 0.01, 0)
-        language_model.run(study, cell, blocks, deadline=0)
+        run(study, cell, blocks, deadline=0)
         assert study.cells.read(cell.name) is None
         result = study.partial.read(cell.name)
         assert result is not None
         assert (result["partial"], result["steps"], result["validation_loss"]) == (True, 1, None)
         assert not study.cells.settled(cell.name)  # it is run again
         study.settings["steps"] = 4
-        language_model.run(study, cell, blocks)
+        run(study, cell, blocks)
         assert study.cells.settled(cell.name)
         assert study.partial.read(cell.name) is None
 
     def test_a_loss_that_is_no_number_ends_the_cell_and_is_the_worst(self, tmp_path: Path):
-        study = language_model.Study(small_study(tmp_path, steps=100, arguments={"logging_steps": 1}))
-        blocks = language_model.load(study.settings["data"], torch.device("cpu"))
-        language_model.run(study, Cell("bp", 1e30, 0), blocks)
+        study = LanguageStudy(small_study(tmp_path, steps=100, arguments={"logging_steps": 1}))
+        blocks = study.load(torch.device("cpu"))
+        run(study, Cell("bp", 1e30, 0), blocks)
         result = study.cells.read("bp-lr1e+30-seed0")
         assert result is not None
         assert result["diverged"]
         assert result["steps"] < 100
-        assert language_model.score(result) == -math.inf
+        assert study.score(result) == -math.inf
 
     def test_cells_of_other_settings_are_refused(self, tmp_path: Path):
         path = small_study(tmp_path)
-        study = language_model.Study(path)
-        blocks = language_model.load(study.settings["data"], torch.device("cpu"))
-        language_model.run(study, Cell("bp", 0.01, 0), blocks)
+        study = LanguageStudy(path)
+        blocks = study.load(torch.device("cpu"))
+        run(study, Cell("bp", 0.01, 0), blocks)
         small_study(tmp_path, steps=5)
         with pytest.raises(ValueError, match="'steps': 4"):
-            language_model.Study(path)
+            LanguageStudy(path)
 
     def test_what_fails_is_written_down(self, tmp_path: Path):
-        study = language_model.Study(small_study(tmp_path, methods={"bp": {"method": "nothing"}}))
-        language_model.run(study, Cell("bp", 0.01, 0), language_model.load(study.settings["data"], torch.device("cpu")))
+        study = LanguageStudy(small_study(tmp_path, methods={"bp": {"method": "nothing"}}))
+        run(study, Cell("bp", 0.01, 0), study.load(torch.device("cpu")))
         assert "expected one of 'grape'" in study.cells.errors()["bp-lr0.01-seed0"]
 
     def test_the_first_label_is_counted_once(self):
@@ -308,6 +317,84 @@ class TestStudies:
         assert torch.equal(language_model.collate(batch, True)["labels"], batch)
         assert language_model.collate(batch, False)["labels"][:, 0].tolist() == [-100, -100]
         assert torch.equal(language_model.collate(batch, False)["labels"][:, 1:], batch[:, 1:])
+
+
+class TestScaledBlocks:
+    """One step of GPT-2; the star's own gradients are those of the same Trainer without the law."""
+
+    def test_the_lower_blocks_have_a_factor(self, tmp_path: Path):
+        _, star = trained(tmp_path, GrapeTrainer, steps=1, **STAR)
+        _, scaled = trained(tmp_path, lambda **kw: SmallerBelow(0.25, **kw), steps=1, **STAR)
+        for name, gradient in star.gradients[0].items():
+            factor = 0.25 if is_low(name, 2) else 1.0
+            assert torch.equal(scaled.gradients[0][name], factor * gradient), name
+
+    @pytest.mark.parametrize("law", ["cosine", "projection"])
+    def test_each_block_has_what_was_measured(self, law: str, tmp_path: Path):
+        _, star = trained(tmp_path, GrapeTrainer, steps=1, **STAR)
+        _, scaled = trained(tmp_path, lambda **kw: MeasuredUpdates(law, **kw), steps=1, alignment_steps=1, **STAR)
+        exact, _ = gradients_by_hand(star.weights[0])
+        for i in range(LAYERS):
+            names = [name for name in exact if name.startswith(f"transformer.h.{i}.")]
+            g, true = (torch.cat([found[name].flatten() for name in names]) for found in (star.gradients[0], exact))
+            cosine = torch.nn.functional.cosine_similarity(g, true, 0).clamp(min=0)
+            factor = cosine if law == "cosine" else cosine * true.norm() / g.norm()
+            if i < LAYERS - 1:
+                assert abs(factor - 1) > 1e-3
+            for name in names:
+                torch.testing.assert_close(
+                    scaled.gradients[0][name], factor * star.gradients[0][name], rtol=1e-4, atol=1e-7
+                )
+
+    def test_a_law_without_measurements_is_refused(self, tmp_path: Path):
+        with pytest.raises(ValueError, match="alignment_steps"):
+            trained(tmp_path, lambda **kw: MeasuredUpdates("cosine", **kw), **STAR)
+
+
+class TestImages:
+    def test_nothing_is_lost_when_images_are_squeezed(self):
+        generator = np.random.default_rng(0)
+        for pixels in (generator.integers(0, 256, (5, 3, 6, 7)), generator.integers(0, 256, (5, 3, 1, 1)).repeat(4, 2)):
+            images = pixels.astype(np.uint8)
+            assert np.array_equal(unsqueezed(squeezed(images)), images)
+
+    def test_cells_and_their_table(self, tmp_path: Path):
+        """Every kind of method that paths.yaml has, for two steps, on random images; then what is made of them."""
+        from grape_hf.vision.sources import ImageData, Split
+
+        generator = torch.Generator().manual_seed(0)
+        splits = [
+            Split(
+                torch.randint(256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8),
+                torch.randint(10, (n,), generator=generator),
+            )
+            for n in (64, 32, 32)
+        ]
+        settings = yaml.safe_load((FOLDER / "images" / "paths.yaml").read_text())
+        settings |= {"output_dir": str(tmp_path / "images"), "steps": 2, "learning_rates": [0.1], "seeds": [0]}
+        settings["data"] |= {"data_dir": f"random-images-{os.getpid()}"}
+        settings["arguments"] |= {"per_device_train_batch_size": 32, "bf16": False, "eval_steps": 1, "logging_steps": 1}
+        settings["arguments"]["alignment_steps"] = 1
+        settings["methods"]["bp"]["learning_rates"] = [0.1]
+        path = tmp_path / f"images-{os.getpid()}.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        image_pixels.write(image_pixels.folder_of(settings["data"]), ImageData("random", list("abcdefghij"), *splits))
+        study = ImageStudy(path)
+        data = study.load(torch.device("cpu"))
+        for name, split in zip(("train", "validation", "test"), splits, strict=True):
+            assert torch.equal(data.images(name).pixels, split.pixels)
+            assert torch.equal(data.images(name).labels, split.labels)
+        fill([study.grid], lambda _, cell, lock: run(study, cell, data))
+        assert study.cells.errors() == {}
+        results = study.cells.all()
+        assert len(results) == 2 * len(settings["methods"])
+        final = results["shortcut-lr0.1-seed0-test"]
+        assert final["validation"] == results["shortcut-lr0.1-seed0"]["validation"]  # the same training
+        assert [step for step, _ in final["curve"]] == [1, 2]
+        assert 0 <= final["test"] <= 1
+        study.report()
+        table = (tmp_path / "images" / "table.md").read_text()
+        assert all(label in table for label in settings["labels"].values())
 
 
 class TestReport:
@@ -339,9 +426,9 @@ class TestReport:
             bundle.unpack(tmp_path / "cells-0.jsonl", {})
 
 
-@pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.stem)
-def test_our_studies_can_be_run(file: Path, tmp_path: Path):
-    study = language_model.Study(file)
+@pytest.mark.parametrize(("kind", "file"), STUDIES, ids=[path.stem for _, path in STUDIES])
+def test_our_studies_can_be_run(kind: type[Study], file: Path, tmp_path: Path):
+    study = kind(file)
     for method in study.settings["methods"]:
         given = study.options(method)
         trainer = given.pop("trainer", {})

@@ -59,7 +59,7 @@ class ImageStudy(Study):
         on_cpu = data.device.type == "cpu"
         return self.trainer_of(cell.method)(
             model=model.to(memory_format=torch.channels_last),
-            args=self.arguments(cell, {"per_device_eval_batch_size": 2500}, use_cpu=on_cpu),
+            args=self.arguments(cell, {"per_device_eval_batch_size": 250 if on_cpu else 2500}, use_cpu=on_cpu),
             train_dataset=train,
             eval_dataset=data.images("validation"),
             data_collator=Images.collate,

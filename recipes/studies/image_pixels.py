@@ -10,13 +10,16 @@ JPEG-LS), red and blue less that of green, all modulo 256; nothing is lost.
 import bz2
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from grid import TOP
 
-from grape_hf.vision.data import Images
+from grape_hf.vision.data import Images, mean_and_std
+
+if TYPE_CHECKING:
+    from grape_hf.vision.sources import ImageData
 
 SPLITS = ("train", "validation", "test")
 
@@ -31,21 +34,27 @@ def prepare(data: dict[str, Any]) -> Path:
     folder = folder_of(data)
     if (folder / "about.json").exists():
         return folder
-    from grape_hf.vision.data import mean_and_std
     from grape_hf.vision.sources import load_images  # only here: where the cells are run `datasets` may be missing
 
-    found = load_images(str((TOP / data["data_dir"]).resolve()), train_subset=data["train_subset"], with_test=True)
-    mean, std = mean_and_std(found.train.pixels)
-    about: dict[str, Any] = {"labels": found.label_names, "mean": mean, "std": std, "splits": {}}
+    write(
+        folder,
+        load_images(str((TOP / data["data_dir"]).resolve()), train_subset=data["train_subset"], with_test=True),
+    )
+    return folder
+
+
+def write(folder: Path, data: "ImageData") -> None:
+    """Write the files of all splits."""
+    mean, std = mean_and_std(data.train.pixels)
+    about: dict[str, Any] = {"labels": data.label_names, "mean": mean, "std": std, "splits": {}}
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        images = getattr(found, split)
+        images = getattr(data, split)
         packed = bz2.compress(squeezed(images.pixels.numpy()).tobytes())
         (folder / f"{split}.bz2").write_bytes(packed)
         about["splits"][split] = {"shape": list(images.pixels.shape), "labels": images.labels.tolist()}
         print(f"{folder / split}.bz2: {len(images):,} images in {len(packed) / 2**20:.1f} MiB", flush=True)
     (folder / "about.json").write_text(json.dumps(about))  # last: it says that all is there
-    return folder
 
 
 class StudyImages:
