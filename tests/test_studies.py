@@ -1,4 +1,4 @@
-"""The studies of language models and images: cells of a few steps, the laws of their Trainers, what machines bring back.
+"""The studies of language models and images: cells of a few steps, the laws of their Trainers, what machines give back.
 
 First half: gradients against oracles. Second half: which cells are run and what is made of them.
 """
