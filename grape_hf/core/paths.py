@@ -92,7 +92,7 @@ def _gradient(output: Tensor | GradientEdge, at: Tensor | GradientEdge, delta: T
 
 
 def _next(node: Node) -> list[GradientEdge]:
-    """Return where a node sends gradients; not by the stand-ins that tell the star's order, which lead to all blocks."""
+    """Return where a node sends gradients, but for the stand-ins that tell a star's order: they lead to all blocks."""
     edges = [GradientEdge(after, number) for after, number in node.next_functions if after is not None]
     return [edge for edge in edges if edge.node.name() != "ReceiveBackward"]
 

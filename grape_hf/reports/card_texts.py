@@ -64,8 +64,8 @@ METHOD_TEXTS = {
     "grape": MethodText(
         "GrAPE",
         f"With GrAPE, {_STAR}; no chain of backward passes orders the blocks' updates. B_l stands in for the "
-        f"transposed Jacobian of all that lies above block l, and {_LEARNED}. Where the options ask for it, a few steps "
-        "are ordinary backpropagation, to bring weights and feedback back into line (calibration).",
+        f"transposed Jacobian of all that lies above block l, and {_LEARNED}. Where the options ask for it, a few "
+        "steps are ordinary backpropagation, to bring weights and feedback back into line (calibration).",
         f"*{_PAPER}*, ICLR 2026, {_URL}",
         ("grape", "direct-feedback-alignment"),
         f"@inproceedings{{grape2026,\n  title     = {{{_PAPER}}},\n"

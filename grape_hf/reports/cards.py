@@ -43,7 +43,7 @@ _KINDS = {
     "alignment/estimate": "cos(B, Ĵ)",
     "alignment/exact": "cos(B e, δ)",
     "weight_gradient/cosine": "cos(g, g*)",
-    "weight_gradient/size": "|g| / |g*|",
+    "weight_gradient/size": "size of g / g*",
 }
 # What the first two are where each block has a map of its own.
 _OF_MAPS = {"cos(B, Ĵ)": "cos(G δ, v)"}
