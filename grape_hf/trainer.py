@@ -28,6 +28,7 @@ from grape_hf.engine.ranks import Ranks
 from grape_hf.engine.run import FEEDBACK_NAME, STATE_NAME, GrapeRun, calibration_schedule
 from grape_hf.methods import make_baseline
 from grape_hf.methods.base import Baseline, MicroBatch
+from grape_hf.pipeline.trainer import PipelineMixin
 from grape_hf.reports.log_names import log_names
 from grape_hf.reports.progress import ProgressFigures
 from grape_hf.training_args import BASELINES, METHOD_OPTIONS, options_of
@@ -35,7 +36,7 @@ from grape_hf.training_args import BASELINES, METHOD_OPTIONS, options_of
 logger = logging.getLogger(__name__)
 
 
-class GrapeMixin(PushMixin):
+class GrapeMixin(PushMixin, PipelineMixin):
     """GrAPE for any ``Trainer`` subclass: ``class MyTrainer(GrapeMixin, SFTTrainer)``.
 
     The arguments may be of any kind; where they carry no GrAPE options (``GrapeArgumentsMixin``) the defaults hold.
@@ -128,7 +129,9 @@ class GrapeMixin(PushMixin):
         return None if self._run is None or self._run.single_block else self._run
 
     def _new_run(self) -> GrapeRun | None:
-        """Make a run of the star; of another method make the baseline, and return None."""
+        """Make a run of the star; of another method make the baseline, and return None. Stages have their own star."""
+        if self._pipeline is not None:
+            return None
         self._baseline = make_baseline(self.model, self.grape_options, self.args.seed)
         ranks = Ranks(self.accelerator.num_processes)
         # A checkpoint on SIGTERM is mostly made in the middle of a step (trainer_jit_checkpoint.py).
@@ -175,6 +178,8 @@ class GrapeMixin(PushMixin):
         """Add alignment, and the share of calibration steps, to what is logged of the training."""
         if "loss" in logs and self._run is not None and self._run.started:
             logs.update(log_names(self._run.read_metrics()))
+        if "loss" in logs and self._pipeline is not None:
+            logs.update(log_names(self._pipeline.metrics))
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -263,7 +268,7 @@ class GrapeMixin(PushMixin):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if not self.args.should_save or self.grape_options.method in ("bp", *BASELINES):
+        if not self.args.should_save or self._pipeline is not None or self.grape_options.method in ("bp", *BASELINES):
             return
         if self._run is not None and self._run.started:
             self._run.save(Path(output_dir), finished=self.state.global_step != self._run.current_step)
