@@ -2,9 +2,10 @@
 
 The forward is on a sample of two short texts or two images, in evaluation mode, on the CPU. It shows three things:
 which modules run before the first block and which after the last; the shape of what each block returns; and all the
-numbers on the way, by which each process checks afterwards that its stage computes the same (``split.verify``).
+numbers on the way, by which each process checks afterwards that its stage computes the same (``split.differs``).
 """
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from grape_hf.core import nested
 from grape_hf.core.blocks import Chain, Unit, ends
 
+INPUTS = ("input_ids", "pixel_values")
 ROWS, POSITIONS = 2, 7  # of the sample; few models have 7 of anything else
 
 
@@ -148,7 +150,9 @@ def look(model: nn.Module, blocks: Chain, autocast: AbstractContextManager[Any])
 
 
 def _sample(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    name, config = getattr(model, "main_input_name", "input_ids"), getattr(model, "config", None)
+    takes = list(inspect.signature(model.forward).parameters)
+    name = getattr(model, "main_input_name", None) or next((n for n in INPUTS if n in takes), takes[0])
+    config = getattr(model, "config", None)
     if name == "input_ids":
         get_text_config = getattr(config, "get_text_config", None)
         text = get_text_config() if get_text_config else config

@@ -61,8 +61,8 @@ def refused_options(options: GrapeArgumentsMixin, blocks: int) -> Iterator[Refus
     settings = {
         'calibration_strategy="adaptive"': options.calibration_strategy == "adaptive",
         "calibration_refit": bool(options.calibration_refit),
-        "alignment_steps": bool(options.alignment_steps),
         "fallback": options.fallback != "no",
+        "alignment_steps": bool(options.alignment_steps),
     }
     for setting, is_set in settings.items():
         if is_set:

@@ -173,11 +173,11 @@ class StageModel:
         """Return the shape of what a block makes of a batch of this size."""
         return self.seen.scaled(self.seen.h[block].shape, extent)
 
-    def verify(self, autocast: AbstractContextManager[Any]) -> None:
+    def differs(self, autocast: AbstractContextManager[Any]) -> str | None:
         """Run this stage on the sample, and compare with what the whole model computed.
 
-        Raises:
-            ValueError: if they differ: something else than the hidden states passes between blocks of two stages.
+        Returns:
+            None if it is the same, else what to say: something but the hidden states passes between two stages.
         """
         seen, start, end = self.seen, self.cuts[self.stage], self.cuts[self.stage + 1]
         training = self.model.training
@@ -197,16 +197,17 @@ class StageModel:
             a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-4, equal_nan=True)
             for a, b in zip(found, expected, strict=False)
         )
-        if not same:
-            raise ValueError(
-                f"pipeline_stages cannot divide {type(self.model).__name__}: blocks {start + 1} to {end} by themselves "
-                "do not compute what they do in the whole model. Expected that nothing but the hidden states passes "
-                "from block to block (no router's loss, no hidden states of all layers in the output). Switch such "
-                "outputs off in the model's configuration, or train with pipeline_stages=1."
-            )
         for index in range(len(seen.h)):  # their shapes are all that is needed from here on
             seen.h[index] = seen.h[index].to("meta")
         seen.outputs = []
+        if same:
+            return None
+        return (
+            f"pipeline_stages cannot divide {type(self.model).__name__}: blocks {start + 1} to {end} by themselves do "
+            "not compute what they do in the whole model. Expected that nothing but the hidden states passes from "
+            "block to block (no router's loss, no hidden states of all layers in the output). Switch such outputs off "
+            "in the model's configuration, or train with pipeline_stages=1."
+        )
 
 
 def _without_numbers(module: nn.Module) -> nn.Module:

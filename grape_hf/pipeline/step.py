@@ -79,7 +79,9 @@ class Pipeline:
         star = options.method != "bp"
         own = [point for point in points if star and point in self.split.blocks]
         self.feedback = self._feedback(points, own) if star else None
-        self.split.verify(autocast())
+        # All stages refuse together: one that went on alone would wait for the others.
+        if differing := next(filter(None, places.together(self.split.differs(autocast()))), None):
+            raise ValueError(differing)
         self.module = StageModule(self.split, places, self.device, own)
         self._schedules = schedules.Schedules(self._schedule)
 

@@ -61,7 +61,7 @@ class Processes:
     def close(self) -> None:
         for process, connection in self._ranks:
             connection.close()
-            process.terminate()
+            process.kill()  # one that is stopped does not hear anything else
             process.join()
         self._ranks = []
 
