@@ -1,6 +1,7 @@
 """Reckoned times: the simulation against formulas in closed form, and what ``grape-hf inspect`` shows of stages."""
 
 import pytest
+from benchmarks import pipeline_simulator
 
 from grape_hf.cli import main
 from grape_hf.pipeline.timing import METHODS, Stages, time_per_batch
@@ -54,3 +55,19 @@ def test_inspect_shows_which_blocks_go_where(capsys):
     assert "--pipeline_split 5,1" in shown
     assert main([*words, "--pipeline_stages", "7", "--method", "bp"]) == 2
     assert "pipeline_stages=7: the model has 6 blocks" in capsys.readouterr().err
+
+
+def test_the_simulator_says_how_far_off_it_is():
+    """Two stages of two blocks with F = 1, B = 2 and no head take 2 (2 + 4) for one micro-batch; 24 were measured."""
+    ones = {way: {"1": value} for way, value in (("forward", 1.0), ("backward", 2.0))}
+    nothing = {way: {"1": 0.0} for way in ("head_forward", "head_backward", "hop")}
+    setting = {"stages": 2, "layers": 4}
+    result = {"setting": setting, "parts": ones | nothing | {"update": 0.0}, "seconds": {"bare gpipe/1": [24.0, 24.0]}}
+    (row,) = pipeline_simulator.compared(result)
+    assert row["reckoned"] == 12.0
+    assert row["error"] == -0.5
+    rows = pipeline_simulator.reckoned(result, blocks=0, hop=0.0)
+    assert {row["ratio"] for row in rows if row["method"] == "1f1b"} == {1.0}
+    text = pipeline_simulator.report([row], rows)
+    assert "| 2 | bare gpipe | 1 | 24.0000 | 12.0000 | -50.0% |" in text
+    assert "| 64 | 1 | 1.00 | 1.00 |" in text
