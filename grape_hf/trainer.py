@@ -26,6 +26,7 @@ from grape_hf.engine.run import GrapeRun
 from grape_hf.engine.star_engine import StarEngine
 from grape_hf.engine.step import Engine, MicroBatch
 from grape_hf.methods import make_engine
+from grape_hf.pipeline.trainer import PipelineMixin
 from grape_hf.reports.card_mixin import CardMixin
 from grape_hf.reports.log_names import log_names
 from grape_hf.reports.progress import ProgressFigures
@@ -33,7 +34,7 @@ from grape_hf.reports.progress import ProgressFigures
 logger = logging.getLogger(__name__)
 
 
-class GrapeMixin(CardMixin, CheckpointMixin):
+class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
     """GrAPE for any ``Trainer`` subclass: ``class MyTrainer(GrapeMixin, SFTTrainer)``.
 
     The arguments may be of any kind; where they carry no GrAPE options (``GrapeArgumentsMixin``) the defaults hold.
@@ -114,7 +115,9 @@ class GrapeMixin(CardMixin, CheckpointMixin):
         return self._engine.run if isinstance(self._engine, StarEngine) else None
 
     def _new_engine(self) -> Engine | None:
-        """Make what takes the steps of this training."""
+        """Make what takes the steps of this training; stages have a star of their own."""
+        if self._pipeline is not None:
+            return None
         # A checkpoint on SIGTERM is mostly made in the middle of a step (trainer_jit_checkpoint.py).
         restartable = bool(getattr(self.args, "enable_jit_checkpoint", False))
         ranks, steps = Ranks(self.accelerator.num_processes), self._steps_per_epoch
@@ -148,6 +151,8 @@ class GrapeMixin(CardMixin, CheckpointMixin):
         """Add alignment, and the share of calibration steps, to what is logged of the training."""
         if "loss" in logs and self._run is not None and self._run.started:
             logs.update(log_names(self._run.read_metrics()))
+        if "loss" in logs and self._pipeline is not None:
+            logs.update(log_names(self._pipeline.metrics))
         super().log(logs, *args, **kwargs)
 
     def _hp_search_setup(self, trial: Any) -> None:

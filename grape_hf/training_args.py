@@ -321,6 +321,36 @@ class GrapeArgumentsMixin:
         },
     )
 
+    pipeline_stages: Annotated[int, Range(int, 1)] = field(
+        default=1,
+        metadata={
+            "help": "Divide the model's blocks among so many processes, its stages (K); K times R processes are R "
+            "replicas. For methods `bp` and `dfa`. See docs/pipeline.md."
+        },
+    )
+    pipeline_microbatches: Annotated[int, Range(int, 1)] = field(
+        default=4,
+        metadata={
+            "help": "Cut each batch into so many micro-batches (M), which run through the stages one behind the other. "
+            "Where they do not divide the samples, the largest number below that does."
+        },
+    )
+    pipeline_schedule: Literal["auto", "gpipe", "1f1b"] = field(
+        default="auto",
+        metadata={
+            "help": "The order of forwards and backwards in ordinary backpropagation over stages: `gpipe`, all "
+            "forwards first; `1f1b`, one forward, one backward, which keeps fewer activations. `auto`: 1f1b, and gpipe "
+            "where there are fewer micro-batches than stages. Steps with direct feedback have an order of their own."
+        },
+    )
+    pipeline_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "How many blocks each stage gets, as in `7,5`; evenly by default. `grape-hf inspect "
+            "--pipeline_stages K` reckons which split is fastest."
+        },
+    )
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Make a dataclass of whatever this is mixed into: an undecorated class would take our options alone."""
         super().__init_subclass__(**kwargs)
@@ -352,6 +382,13 @@ class GrapeArgumentsMixin:
                 setattr(self, name, limits.read(name, value))
         if not isinstance(self.blocks, str | None):
             raise ValueError(f"blocks={self.blocks!r}: expected names in one string, separated by commas, or None.")
+        if not isinstance(self.pipeline_split, str | None):
+            raise ValueError(f"pipeline_split={self.pipeline_split!r}: expected numbers in one string, as in '7,5'.")
+        if self.pipeline_split is not None and self.pipeline_stages == 1:
+            raise ValueError(
+                f"pipeline_split={self.pipeline_split!r} says how many blocks each stage gets, and there is one: set "
+                "pipeline_stages."
+            )
         for name in ("feedback_normalize", "calibration_refit"):
             if not isinstance(getattr(self, name), bool | None):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False.")

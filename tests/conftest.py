@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imp
 # They start processes, once for many tests.
 FIRST = (
     "distributed",
+    "pipeline",
     "test_checkpoints",
     "test_cli",
     "test_hub",

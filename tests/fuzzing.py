@@ -172,7 +172,8 @@ def changed_samples(draw: Any) -> tuple[str, int, Callable[[Samples], Samples]]:
 # --- options ---------------------------------------------------------------------------------------------------------
 
 HINTS = get_type_hints(GrapeArgumentsMixin)
-OPTIONS = [option.name for option in dataclasses.fields(GrapeArgumentsMixin)]
+# Without those of stages, which want several processes (tests/pipeline).
+OPTIONS = [o.name for o in dataclasses.fields(GrapeArgumentsMixin) if not o.name.startswith("pipeline_")]
 PROPER: dict[str, list[Any]] = {
     "feedback_points": [0, 1, 2, 100],
     "feedback_lr": [0, 0.02, "1e-3", 0.5, 1, 10],

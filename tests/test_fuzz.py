@@ -107,7 +107,7 @@ def test_any_value_of_any_option_is_right_or_refused_by_its_name(options):
     assert made == GrapeArgumentsMixin(**vars(made)) == options_of(made)
     for convolutional in (False, True):  # whatever the model, no later refusal and nothing left open
         values = vars(resolved(made, convolutional))
-        assert [name for name, value in values.items() if value is None] in ([], ["blocks"])
+        assert {name for name, value in values.items() if value is None} <= {"blocks", "pipeline_split"}
     numbers = [value for value in vars(made).values() if isinstance(value, int | float)]
     assert not any(math.isnan(number) for number in numbers)
 

@@ -10,13 +10,15 @@ CORE = {"core"}
 ENGINE = CORE | {"engine", "training_args"}
 METHODS = ENGINE | {"methods"}
 REPORTS = ENGINE | {"reports", "vision"}  # a card says how a network of ours is opened
-TRAINER = METHODS | REPORTS - DATA | {"trainer"}
+PIPELINE = ENGINE | {"pipeline"}
+TRAINER = METHODS | REPORTS - DATA | PIPELINE | {"trainer"}
 MAY_IMPORT = {
     "training_args": set(),
     "core": CORE,
     "engine": ENGINE,
     "methods": METHODS,
     "reports": REPORTS,
+    "pipeline": PIPELINE,
     "trainer": TRAINER,
     "grape_hf": {"trainer", "training_args"},
     **dict.fromkeys(sorted(DATA), DATA),

@@ -40,6 +40,8 @@ NUMBERS = {
     "max_skipped_refinements": (int, [-1, 0.5]),
     "fallback_threshold": (float, [-1.5, 2]),
     "fallback_patience": (int, [0]),
+    "pipeline_stages": (int, [0]),
+    "pipeline_microbatches": (int, [0]),
 }
 
 
@@ -63,6 +65,8 @@ def from_command_line(folder: Path, **options: Any) -> GrapeTrainingArguments:
 
 
 ways = pytest.mark.parametrize("make", [from_keywords, from_yaml, from_command_line], ids=lambda way: way.__name__)
+
+UNSET = ("blocks", "pipeline_split")  # None by default, whatever the preset
 
 
 def compatible(name: str, value: Any) -> dict[str, Any]:
@@ -139,7 +143,7 @@ def test_switches(name, tmp_path):
 def test_presets_fill_in_what_is_not_given(preset, tmp_path):
     options = resolved(from_keywords(tmp_path, grape_preset=preset))
     assert {name: getattr(options, name) for name in PRESETS[preset]} == PRESETS[preset]
-    assert not [name for name in FIELDS if getattr(options, name) is None and name != "blocks"]
+    assert not [name for name in FIELDS if getattr(options, name) is None and name not in UNSET]
     given = resolved(from_keywords(tmp_path, grape_preset=preset, feedback_lr=0.5, perturbation_space="activation"))
     assert given.feedback_lr == 0.5
     assert given.perturbation_space == "activation"
@@ -149,7 +153,7 @@ def test_presets_fill_in_what_is_not_given(preset, tmp_path):
 def test_presets_agree_with_the_fields():
     assert PRESETS.keys() | {"auto"} == set(get_args(HINTS["grape_preset"]))
     assert PRESETS["paper"].keys() == PRESETS["recommended"].keys()
-    assert PRESETS["paper"].keys() == {name for name, f in FIELDS.items() if f.default is None and name != "blocks"}
+    assert PRESETS["paper"].keys() == {name for name, f in FIELDS.items() if f.default is None and name not in UNSET}
 
 
 def test_help(capsys):

@@ -26,6 +26,7 @@ examples:
   grape-hf inspect type:llama --overrides num_hidden_layers=8    a kind of transformers model, with its default sizes
   grape-hf inspect timm:resnet18                                 a timm architecture
   grape-hf inspect type:gpt2 --feedback_points 3                 any option of GrAPE: what would it change?
+  grape-hf inspect type:gpt2 --pipeline_stages 4                 which blocks would go to which process?
 """,
     "train": """\
 Further options go over those of the file. In several processes:
@@ -161,6 +162,7 @@ def inspect(options: argparse.Namespace, _: Sequence[str]) -> None:
     from grape_hf.cli.inspection import inspect_model
     from grape_hf.cli.models import maker
     from grape_hf.cli.report import describe
+    from grape_hf.cli.stages import describe_stages
     from grape_hf.recipes.parsing import parse_overrides
 
     logging.basicConfig(level="WARNING", format="%(message)s")
@@ -171,7 +173,11 @@ def inspect(options: argparse.Namespace, _: Sequence[str]) -> None:
     transformers_logging.set_verbosity_error()  # what it says of a model that is only looked at
     try:
         batch, make = maker(options.model, options.batch_size, options.sequence_length, options.image_size, overrides)
-        print(describe(inspect_model(make, grape, options.batch_size), options.model, batch))
+        # Backpropagation has no feedback to inspect; over stages there is something to show of it.
+        if grape.method != "bp" or grape.pipeline_stages == 1:
+            print(describe(inspect_model(make, grape, options.batch_size), options.model, batch))
+        if grape.pipeline_stages > 1:
+            print(describe_stages(make, grape))
     finally:
         transformers_logging.set_verbosity(verbosity)
 

@@ -42,7 +42,7 @@ def _refused(trainer: "Trainer", options: "GrapeArgumentsMixin") -> Iterator[tup
             f"{_DDP}, or show one GPU with CUDA_VISIBLE_DEVICES=0",
         )
     started = dist.get_world_size() if dist.is_initialized() else 1
-    if started > accelerator.num_processes:
+    if started > accelerator.num_processes * options.pipeline_stages:
         yield (
             f"a launch of {started} processes",
             "accelerate found no GPUs to join them by, so that each would train on its own",

@@ -26,7 +26,12 @@ def parsed(config: str) -> tuple[object, dict[str, str]]:
 
 @pytest.mark.parametrize(
     ("config", "processes", "kind"),
-    [("single.yaml", 1, (False, False)), ("ddp.yaml", 2, (True, False)), ("fsdp2.yaml", 2, (False, True))],
+    [
+        ("single.yaml", 1, (False, False)),
+        ("ddp.yaml", 2, (True, False)),
+        ("fsdp2.yaml", 2, (False, True)),
+        ("pipeline.yaml", 2, (True, False)),
+    ],
 )
 def test_a_configuration_is_what_it_says(config, processes, kind):
     args, environment = parsed(config)

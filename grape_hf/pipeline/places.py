@@ -1,0 +1,132 @@
+"""Which process is which stage of which replica, and the groups in which processes talk.
+
+K stages times R replicas are K R processes. Process ``replica * K + stage`` is that stage of that replica. A replica is
+the whole model; replicas train on different shares of each batch, as processes do under DDP.
+"""
+
+import datetime
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Places:
+    """This process's place among all.
+
+    Attributes:
+        stages: K.
+        replicas: R.
+        stage: of this process, 0 .. K-1.
+        replica: of this process, 0 .. R-1.
+        pipe: the stages of this replica; activations and gradients travel in it.
+        control: the same processes, for Python objects. It is always on the CPU.
+        across: the processes of this stage, one a replica.
+        ends: the first and the last stage of this replica.
+        world: all processes, for objects and barriers, on the CPU.
+    """
+
+    stages: int
+    replicas: int
+    stage: int
+    replica: int
+    pipe: Any
+    control: Any
+    across: Any
+    ends: Any
+    world: Any
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process reads the batches."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this process computes the loss."""
+        return self.stage == self.stages - 1
+
+    @property
+    def first(self) -> int:
+        """The rank of this replica's first stage."""
+        return self.replica * self.stages
+
+    @property
+    def last(self) -> int:
+        """The rank of this replica's last stage."""
+        return self.first + self.stages - 1
+
+    def from_first(self, value: Any) -> Any:
+        """Return what the first stage of this replica has; to be called by all its stages."""
+        return self._shared(value, self.first)
+
+    def from_last(self, value: Any) -> Any:
+        """Return what the last stage of this replica has; to be called by all its stages."""
+        return self._shared(value, self.last)
+
+    def _shared(self, value: Any, source: int) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=source, group=self.control)
+        return box[0]
+
+    def gathered(self, value: Any) -> list[Any] | None:
+        """Return what each stage of the first replica has, by stage, on the main process; None on the others."""
+        if self.replica:
+            return None
+        found: list[Any] | None = [None] * self.stages if self.is_first else None
+        dist.gather_object(value, found, dst=0, group=self.control)
+        return found
+
+    def together(self, value: Any) -> list[Any]:
+        """Return what each stage of this replica has, by stage, on all of them."""
+        found: list[Any] = [None] * self.stages
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def wait(self) -> None:
+        """Wait until every process of the run is here."""
+        dist.barrier(group=self.world)
+
+
+def take_places(stages: int, timeout: float) -> Places:
+    """Find this process's place and make the groups.
+
+    Every group has ``timeout``, in seconds. torch's own limit is half an hour, and a group does not inherit the limit
+    of the default one.
+
+    Args:
+        stages: K.
+        timeout: how long a process waits for another before it gives up.
+
+    Raises:
+        ValueError: if the number of processes is no multiple of K.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world % stages or world < stages:
+        raise ValueError(
+            f"pipeline_stages={stages} divides the model among {stages} processes, or each of several replicas among "
+            f"as many: expected a multiple of {stages} processes, found {world}. Start it with `accelerate launch "
+            f"--num_processes {stages} your_script.py`; on CPUs add `--use_cpu True` to the script's own options."
+        )
+    rank, replicas = dist.get_rank(), world // stages
+    replica, stage = divmod(rank, stages)
+    limit = datetime.timedelta(seconds=timeout)
+
+    def own(groups: list[list[int]], backend: str | None = None) -> Any:
+        """Make groups, all of them on every process as torch wants it, and return the one that this process is in."""
+        made = [dist.new_group(ranks, timeout=limit, backend=backend) for ranks in groups]
+        return next((group for group, ranks in zip(made, groups, strict=True) if rank in ranks), None)
+
+    pipes = [list(range(r * stages, (r + 1) * stages)) for r in range(replicas)]
+    return Places(
+        stages=stages,
+        replicas=replicas,
+        stage=stage,
+        replica=replica,
+        pipe=own(pipes),
+        control=own(pipes, "gloo"),
+        across=own([list(range(s, world, stages)) for s in range(stages)]),
+        ends=own([[pipe[0], pipe[-1]] for pipe in pipes]),
+        world=own([list(range(world))], "gloo"),
+    )
