@@ -1,5 +1,6 @@
 """What does not go with pipeline stages is refused when the Trainer is made, by the name of its setting."""
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -74,8 +75,18 @@ def refused_arguments(trainer: "Trainer") -> Iterator[Refusal]:
     """Yield what training arguments refuse, before any process is joined to another."""
     args, config = trainer.args, trainer.args.accelerator_config
     checks: list[tuple[str, object, str, str]] = [
-        ("fsdp", args.fsdp, "a stage holds its blocks whole", "replicas of the pipeline, or FSDP2 without stages"),
-        ("deepspeed", args.deepspeed, "its engine runs the backward", "accelerate's configuration without it"),
+        (
+            "fsdp",
+            args.fsdp or _launched_with("FSDP"),
+            "a stage holds its blocks whole",
+            "replicas of the pipeline, or FSDP2 without stages",
+        ),
+        (
+            "deepspeed",
+            args.deepspeed or _launched_with("DEEPSPEED"),
+            "its engine runs the backward",
+            "accelerate's configuration without it",
+        ),
         ("torch_compile", args.torch_compile, "each stage runs a part of the forward", "it without stages"),
         ("fp16", args.fp16, "every stage would have to skip the same steps", "bf16"),
         (
@@ -130,6 +141,11 @@ def refused_arguments(trainer: "Trainer") -> Iterator[Refusal]:
             yield setting, reason, instead
     if args.n_gpu > 1:
         yield f"nn.DataParallel ({args.n_gpu} GPUs in one process)", "a stage is a process", "accelerate launch"
+
+
+def _launched_with(kind: str) -> bool:
+    """Whether accelerate's configuration asks for it, which ``accelerate launch`` hands on in the environment."""
+    return os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true"
 
 
 def refused_model(model: nn.Module) -> Iterator[Refusal]:

@@ -133,6 +133,7 @@ class StageModel:
         state_names: keys of its state dict, those of tied weights in one list.
         tied: parameters that the first and the last stage share.
         parameters: how many numbers the whole model has, without its embeddings.
+        loss_dtype: of losses on their way through torch's schedules.
 
     Raises:
         ValueError: if a stage gets no block, or blocks of two stages share a parameter.
@@ -145,6 +146,7 @@ class StageModel:
         self.state_names = _state_names(model)
         count = getattr(model, "num_parameters", None)
         self.parameters = count(exclude_embeddings=True) if count else sum(p.numel() for p in model.parameters())
+        self.loss_dtype = torch.promote_types(seen.h[-1].dtype, torch.float32)
         self.border = Border()
         start, end = cuts[stage], cuts[stage + 1]
         first, last = stage == 0, stage == self.stages - 1

@@ -66,10 +66,10 @@ class StageModule(nn.Module):
             received = received.detach()
         with self.split.border.holding(received, self.extent, self.device):
             try:
-                return self.loss(self.number).reshape(1)
+                return self.loss(self.number).reshape(1).to(self.split.loss_dtype)
             except StageEndError as leaving:
                 # As the next stage expects it; an evaluation may compute in another type than the training.
-                return leaving.h.to(self.split.seen.h[max(self.split.blocks)].dtype)
+                return leaving.h.to(self.split.seen.h[max(self.split.blocks)].dtype).contiguous()
 
     def _at_point(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -113,7 +113,7 @@ class FeedbackStage(PipelineStage):
             return torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
 
         start, end = split.cuts[split.stage], split.cuts[split.stage + 1]
-        loss = torch.empty(1, device=device, requires_grad=True)
+        loss = torch.empty(1, dtype=split.loss_dtype, device=device, requires_grad=True)
         self.module = module  # what torch calls submod, by its own type
         super().__init__(
             module,

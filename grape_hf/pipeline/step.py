@@ -187,7 +187,7 @@ class Pipeline:
         return self._sums
 
     def _loss(self, losses: list[Tensor], train: bool) -> Tensor:
-        dtype = torch.promote_types(self.split.seen.h[0].dtype, torch.float32)
+        dtype = self.split.loss_dtype
         total = torch.zeros((), dtype=dtype, device=self.device)
         if losses:
             total = torch.stack(losses).sum().to(dtype)

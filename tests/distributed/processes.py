@@ -29,6 +29,7 @@ class Processes:
     def __init__(self, world: int = WORLD) -> None:
         self.world = world
         self._ranks: list[tuple[Any, Connection]] = []
+        self._joined = 0  # how many were joined to each other last
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Call ``function`` in each process, and return the results by rank."""
@@ -38,7 +39,8 @@ class Processes:
         """Call ``function`` in the first ``world`` processes, which then are all that there are."""
         if not self._ranks:
             self._start()
-        port = _free_port()
+        port = None if world == self._joined else _free_port()
+        self._joined = world
         taking_part = self._ranks[:world]
         for _, connection in taking_part:
             connection.send((function, args, kwargs, world, port))
@@ -64,7 +66,7 @@ class Processes:
             connection.close()
             process.kill()  # one that is stopped does not hear anything else
             process.join()
-        self._ranks = []
+        self._ranks, self._joined = [], 0
 
     def _start(self) -> None:
         # One process imports everything and then becomes each of them.
@@ -101,17 +103,16 @@ def _serve(connection: Connection, rank: int, world: int, port: int) -> None:
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # by torch 2.14; accelerate gives it
     torch.set_num_threads(1)
-    kept, joined = dict(os.environ), 0
+    kept = dict(os.environ)
     while True:
         try:
             function, args, kwargs, world, port = connection.recv()
         except EOFError:
             return
-        if joined != world:
+        if port is not None:
             if dist.is_initialized():
                 dist.destroy_process_group()
             kept |= environment(rank, port, world)
-            joined = world
         os.environ.clear()
         os.environ |= kept
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -91,9 +91,9 @@ class Trained:
     Attributes:
         weights: all parameters of the whole model, as the saved folder has them.
         log: the log's history.
-        predictions: of the evaluation set, after the training.
+        predictions: of some samples after the training, with their labels and then without.
         parameters: how many numbers this process holds: in parameters, gradients and the optimiser's state.
-        name: of the first block that it holds.
+        files: in the saved folder.
     """
 
     weights: dict[str, Tensor]
@@ -163,7 +163,8 @@ def train(
     more |= {"train_dataset": Stream(samples[:36])} if stream else {"train_dataset": samples[:36]}
     made = make_trainer(PROBLEMS[problem], folder, trainer, dtype=dtype, more=more, **(usual | options))
     made.train(resume_from_checkpoint=resume)
-    predictions = made.predict(samples[43:]).predictions
+    unlabelled = [{name: value for name, value in sample.items() if name != "labels"} for sample in samples[43:]]
+    predictions = np.concatenate([made.predict(data).predictions for data in (samples[43:], unlabelled)])
     made.save_model(str(folder / "final"))
     held = list(made.model.parameters())
     state = [value for values in made.optimizer.state_dict()["state"].values() for value in values.values()]

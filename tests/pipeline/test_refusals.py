@@ -116,6 +116,12 @@ def test_a_single_process(tmp_path):
         make_trainer(problems.GPT2, tmp_path, method="bp", pipeline_stages=2)
 
 
+def test_what_the_launcher_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="fsdp does not go with pipeline_stages"):
+        make_trainer(problems.GPT2, tmp_path, method="bp", pipeline_stages=2)
+
+
 def test_what_is_known_later(processes, tmp_path):
     said = processes.run_on(2, refused_later, tmp_path)
     for told in said:
