@@ -67,6 +67,7 @@ BASELINES = ("fa", "forward_gradient", "pepita")
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "dfa": {"feedback_init": "gaussian"},
     "fdfa": {
+        "feedback_points": 0,
         "feedback_space": "logits",
         "feedback_init": "zero",
         "feedback_rule": "ema",
@@ -80,13 +81,17 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
         "calibration_strategy": "no",
     },
     "dkp": {
+        "feedback_points": 0,
         "feedback_space": "logits",
         "feedback_init": "gaussian",
         "feedback_lr": 1.0,
         "feedback_normalize": False,
         "calibration_strategy": "no",
     },
-    **{method: {"calibration_strategy": "no", "perturbation_space": "activation"} for method in BASELINES},
+    **{
+        method: {"feedback_points": 0, "calibration_strategy": "no", "perturbation_space": "activation"}
+        for method in BASELINES
+    },
 }
 # Methods whose B_l learn from estimates of the Jacobians.
 ESTIMATING = ("grape", "fdfa")

@@ -5,6 +5,7 @@ L blocks, N = samples x positions, d = width = n_l = n_y.
 """
 
 import dataclasses
+import gc
 import weakref
 from itertools import accumulate
 from pathlib import Path
@@ -174,6 +175,7 @@ def test_one_delta_is_alive_at_a_time(tmp_path, monkeypatch):
 
 def peak_bytes(folder: Path, **options: Any) -> int:
     """Most bytes in tensors at once, weights and optimiser state included, over two steps of the Trainer."""
+    gc.collect()  # what an earlier training has left would be counted when it goes
     with profiler.profile(profile_memory=True) as profile:
         train(DEEP, folder, max_steps=2, per_device_train_batch_size=BATCH, **options)
     changes = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]

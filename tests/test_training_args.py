@@ -37,6 +37,7 @@ NUMBERS = {
     "calibration_threshold": (float, [-1.5, 2]),
     "calibration_cooldown": (int, [0]),
     "alignment_steps": (int, [-1, 0.5]),
+    "feedback_sweeps": (int, [-1, 0.5]),
     "max_skipped_refinements": (int, [-1, 0.5]),
     "fallback_threshold": (float, [-1.5, 2]),
     "fallback_patience": (int, [0]),
@@ -71,7 +72,11 @@ UNSET = ("blocks", "pipeline_split")  # None by default, whatever the preset
 
 def compatible(name: str, value: Any) -> dict[str, Any]:
     """What some values want beside them."""
-    more = {"perturbation_space": {"feedback_rule": "cosine"}}.get(name, {})
+    beside = {
+        "perturbation_space": {"feedback_rule": "cosine"},
+        "feedback_path": {"feedback_rule": "local"},
+    }
+    more = beside.get(name, {})
     return {name: value} | more
 
 

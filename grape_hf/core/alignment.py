@@ -85,7 +85,7 @@ def replayed_alignment(
     steps: Sequence[Forward],
     B: Sequence[Tensor],
     weights: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[list[tuple[Tensor, Tensor]]]]:
     """Measure what a star has sent by one more forward up to y, and exact gradients there.
 
     Args:
@@ -96,11 +96,11 @@ def replayed_alignment(
         weights: whether the gradients of weights are measured, too, by as much work again.
 
     Returns:
-        The products of ``delta_products``, and the same of weight gradients, ``(L-1, 3)``: <g, g'>, |g|^2, |g'|^2, with
-        g the gradient of the weights in block l that delta_l = B_l e leads to and g' the exact one. They add up over
-        micro-batches; a weight's gradient is then that of a micro-batch, not their sum.
+        The products of ``delta_products``, and for each boundary pairs (g, g'): of each weight in block l the gradient
+        that delta_l = B_l e leads to, and the exact one. Both add up over micro-batches and ranks; the pairs take twice
+        the memory of the weights.
     """
-    of_weights = torch.zeros(len(B), 3, dtype=B[0].dtype, device=B[0].device)
+    pairs_of: list[list[tuple[Tensor, Tensor]]] = [[] for _ in B]
     with torch.enable_grad(), boundaries.record() as forwards:
         output = forward()
         pairs = [
@@ -114,11 +114,33 @@ def replayed_alignment(
             parameters = [_trained(boundaries, index) if weights else [] for index in range(len(B))]
             exact = _backward(again.y, step.e.to(again.y), [again], [p for mine in parameters for p in mine])
             for index, mine in enumerate(parameters):
+                found = [(torch.zeros_like(p), torch.zeros_like(p)) for p in mine]
                 if index in again.h and index in step.sent and again.h[index].requires_grad and mine:
-                    of_weights[index] += _weight_products(again.h[index], step.sent[index], mine, exact).to(of_weights)
+                    found = _weight_gradients(again.h[index], step.sent[index], mine, exact)
+                pairs_of[index] = add_pairs(pairs_of[index], found)
         del output
     again_and_steps = list(zip(*pairs, strict=True)) or [(), ()]
-    return delta_products(again_and_steps[0], B, again_and_steps[1]), of_weights
+    return delta_products(again_and_steps[0], B, again_and_steps[1]), pairs_of
+
+
+def add_pairs(
+    some: Sequence[tuple[Tensor, Tensor]], more: Sequence[tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Add pairs one by one; either may be empty."""
+    if not some or not more:
+        return list(some or more)
+    return [(a + c, b + d) for (a, b), (c, d) in zip(some, more, strict=True)]
+
+
+def pair_products(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
+    """Return the inner products of all pairs of each boundary, ``(L-1, 3)``: <g, g'>, |g|^2, |g'|^2."""
+    rows = []
+    for of_block in pairs:
+        row = torch.zeros(3)
+        for g, true in ((g.float(), true.float()) for g, true in of_block):
+            row = row.to(g.device) + torch.stack([(g * true).sum(), g.square().sum(), true.square().sum()])
+        rows.append(row)
+    return torch.stack([row.to(rows[0].device) for row in rows])
 
 
 def size_ratio(products: Tensor) -> Tensor:
@@ -130,16 +152,14 @@ def _trained(boundaries: Boundaries, index: int) -> list[Tensor]:
     return [p for p in boundaries.blocks[index].parameters() if p.requires_grad]
 
 
-def _weight_products(h: Tensor, delta: Tensor, parameters: list[Tensor], exact: dict[int, Tensor | None]) -> Tensor:
-    """Return <g, g'>, |g|^2, |g'|^2 of the weights of one block."""
+def _weight_gradients(
+    h: Tensor, delta: Tensor, parameters: list[Tensor], exact: dict[int, Tensor | None]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the gradient of each weight of one block that delta leads to, and the exact one."""
     star = torch.autograd.grad(h, parameters, delta.to(h), retain_graph=True, allow_unused=True)
-    total = torch.zeros(3, device=h.device)
-    for p, g in zip(parameters, star, strict=True):
-        true = exact.get(id(p))
-        if g is not None and true is not None:
-            g, true = g.float(), true.float()
-            total = total + torch.stack([(g * true).sum(), g.square().sum(), true.square().sum()])
-    return total
+    pairs = [(g, exact.get(id(p))) for p, g in zip(parameters, star, strict=True)]
+    zeros = [torch.zeros_like(p) for p in parameters]
+    return [(z if g is None else g, z if t is None else t) for (g, t), z in zip(pairs, zeros, strict=True)]
 
 
 def _backward(

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grape_hf.core.alignment import delta_alignment, delta_products, replayed_alignment, size_ratio
+from grape_hf.core.alignment import (
+    add_pairs,
+    delta_alignment,
+    delta_products,
+    pair_products,
+    replayed_alignment,
+    size_ratio,
+)
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.feedback import Feedback
 from grape_hf.core.modes import Forward
@@ -45,7 +52,7 @@ class Measures:
     def begin(self) -> None:
         """Begin an optimiser step."""
         self._products: Tensor | None = None
-        self._of_weights: Tensor | None = None
+        self._of_weights: list[list[tuple[Tensor, Tensor]]] = []
         self._moments: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
@@ -74,14 +81,17 @@ class Measures:
                 products, of_weights = replayed_alignment(boundaries, call, of_call, feedback.B, weights)
             self._add(products)
             if weights:
-                self._of_weights = of_weights if self._of_weights is None else self._of_weights + of_weights
+                earlier = self._of_weights or [[] for _ in of_weights]
+                self._of_weights = [add_pairs(a, b) for a, b in zip(earlier, of_weights, strict=True)]
 
     def finish(self, step: int, feedback: Feedback) -> None:
         """Turn the sums of the step into figures, and fit B_l where that is due."""
         if self._products is not None:
             self.note_alignment("exact", delta_alignment(*self.ranks.total([self._products])), step)
-        if self._of_weights is not None:
-            (products,) = self.ranks.total([self._of_weights])
+        if self._of_weights:
+            totals = iter(self.ranks.total([t for pairs in self._of_weights for pair in pairs for t in pair]))
+            products = pair_products([[(next(totals), next(totals)) for _ in pairs] for pairs in self._of_weights])
+            self._of_weights = []
             for name, values in {"cosine": delta_alignment(products), "size": size_ratio(products)}.items():
                 self.metrics[f"weight_gradient/{name}/mean"] = values.nanmean()
                 self.metrics |= {f"weight_gradient/{name}/h_{i}": value for i, value in enumerate(values, 1)}

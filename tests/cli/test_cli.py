@@ -235,8 +235,7 @@ class TestCompare:
         options = yaml.safe_load((tmp_path / "dfa_identity" / "options.yaml").read_text())
         assert (options["method"], options["feedback_init"]) == ("dfa", "identity")
         assert "| DFA, fixed identity | " in (tmp_path / "report.md").read_text()
-        module = recipes.load("compare")
-        assert module.Run("dfa", 0, tmp_path, {"method": "dfa"}).label == "DFA, fixed random"
+        assert Run("dfa", 0, tmp_path, {"method": "dfa"}).label == "DFA, fixed random"
 
 
 class TestPlotAndCard:

@@ -13,6 +13,7 @@ from grape_hf.core.alignment import (
     exact_alignment,
     feedback_alignment,
     frobenius_cosine,
+    pair_products,
     replayed_alignment,
     size_ratio,
 )
@@ -94,7 +95,8 @@ def test_weight_gradients_of_a_star_beside_the_exact_ones(exact):
     sent = dict(enumerate(deltas)) if exact else dict(enumerate(torch.randn(2, 3, 7, 5, dtype=torch.float64)))
     step = Forward(errors={2: deltas[2]}, site=2, sent={i: sent[i] for i in (0, 1)})
     with boundaries.attached():
-        products, of_weights = replayed_alignment(boundaries, lambda: model(x), [step], B)
+        products, pairs = replayed_alignment(boundaries, lambda: model(x), [step], B)
+    of_weights = pair_products(pairs)
     for i in (0, 1):
         parameters = list(model[i].parameters())
         true = torch.cat([g.flatten() for g in torch.autograd.grad(h[-1], parameters, weight, retain_graph=True)])

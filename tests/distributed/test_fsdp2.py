@@ -38,7 +38,9 @@ def test_2_ranks_of_4_are_1_rank_of_8(fsdp, options, processes, tmp_path):
     assert_same(first.weights, weights(alone), **tolerance)
     assert_same(second.weights, first.weights)
     assert first.hooks[1] > first.hooks[0] == 0  # FSDP2's own stay
-    assert log_of_grape(first.log) == pytest.approx(log_of_grape(alone.state.log_history), abs=1e-6)
+    # Of shards there is no whole gradient of a weight to be measured.
+    expected = {key: v for key, v in log_of_grape(alone.state.log_history).items() if "weight_gradient" not in key[1]}
+    assert log_of_grape(first.log) == pytest.approx(expected, abs=1e-6)
 
 
 def test_auxiliary_heads_on_shards(processes, tmp_path):

@@ -134,18 +134,18 @@ class NoSync(TorchDispatchMode):
 
 
 class Watched(GrapeTrainer):
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        run = self._current_run()
-        if run is not None and not hasattr(run, "watched"):
-            finish, run.watched = run.finish_step, 0
+    def _new_engine(self) -> Any:
+        engine = super()._new_engine()
+        run = engine.run
+        finish, run.watched = run.finish_step, 0
 
-            def finish_step(*args: Any, **kwargs: Any) -> None:
-                with NoSync():
-                    finish(*args, **kwargs)
-                run.watched += 1
+        def finish_step(*args: Any, **kwargs: Any) -> None:
+            with NoSync():
+                finish(*args, **kwargs)
+            run.watched += 1
 
-            run.finish_step = finish_step
-        return super().training_step(*args, **kwargs)
+        run.finish_step = finish_step
+        return engine
 
 
 REFITTED = LEARNED | {"calibration_strategy": "steps", "calibration_interval": 3, "calibration_refit": True}

@@ -15,9 +15,10 @@ from grape_hf.core.tangents import ForwardModeError
 from grape_hf.engine.step import MicroBatch
 from grape_hf.methods.base import seeded
 from grape_hf.methods.forward_gradient import ForwardGradient
+from grape_hf.training_args import resolved
 
-WEIGHT = GrapeArgumentsMixin(method="forward_gradient", perturbation_space="weight")
-ACTIVATION = GrapeArgumentsMixin(method="forward_gradient")
+WEIGHT = resolved(GrapeArgumentsMixin(method="forward_gradient", perturbation_space="weight"))
+ACTIVATION = resolved(GrapeArgumentsMixin(method="forward_gradient"))
 BATCH = 6
 
 
