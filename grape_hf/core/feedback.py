@@ -230,6 +230,7 @@ class Feedback:
                 f"{shapes} at {saved}. Resume with the model and options (blocks, feedback_points, feedback_space) "
                 "of the run that wrote it."
             )
-        self.B = [tensors[f"B_{i}"].to(b) for i, b in enumerate(self.B, 1)]
+        # Copied: a tensor in the file's buffer lies anywhere, and the last digits of a product depend on where.
+        self.B = [torch.empty_like(b).copy_(tensors[f"B_{i}"]) for i, b in enumerate(self.B, 1)]
         if self.maps is not None:
-            self.maps.G = [tensors[f"G_{i}"].to(g) for i, g in enumerate(self.maps.G, 1)]
+            self.maps.G = [torch.empty_like(g).copy_(tensors[f"G_{i}"]) for i, g in enumerate(self.maps.G, 1)]
