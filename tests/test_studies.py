@@ -35,7 +35,7 @@ from grape_hf.recipes.cells import Cells
 FOLDER = TOP / "recipes" / "studies"
 STUDIES: list[tuple[type[Study], Path]] = [
     *((LanguageStudy, path) for path in [*sorted((FOLDER / "novels").glob("*.yaml")), FOLDER / "language_model.yaml"]),
-    *((ImageStudy, path) for path in [FOLDER / "images" / "paths.yaml", *(FOLDER / "images").glob("local_*.yaml")]),
+    *((ImageStudy, path) for path in [*(FOLDER / "image_model").glob("*.yaml")]),
 ]
 LAYERS, CONTEXT = 4, 8
 
@@ -370,7 +370,7 @@ class TestImages:
             )
             for n in (64, 32, 32)
         ]
-        settings = yaml.safe_load((FOLDER / "images" / "paths.yaml").read_text())
+        settings = yaml.safe_load((FOLDER / "image_model" / "paths.yaml").read_text())
         settings |= {"output_dir": str(tmp_path / "images"), "steps": 2, "learning_rates": [0.1], "seeds": [0]}
         settings["data"] |= {"data_dir": f"random-images-{os.getpid()}"}
         settings["arguments"] |= {"per_device_train_batch_size": 32, "bf16": False, "eval_steps": 1, "logging_steps": 1}

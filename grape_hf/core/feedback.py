@@ -181,8 +181,10 @@ class Feedback:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the matrices and the maps by the names that they have in a file: ``B_1`` ..., ``G_1`` ..."""
+        matrices = {f"B_{i}": b for i, b in enumerate(self.B, 1)}
+        # The highest B_l is its map itself, and a file holds no tensor twice.
         maps = [] if self.maps is None else self.maps.G
-        return {f"{kind}_{i}": t for kind, kept in (("B", self.B), ("G", maps)) for i, t in enumerate(kept, 1)}
+        return matrices | {f"G_{i}": g.clone() for i, g in enumerate(maps, 1)}
 
     def save(self, path: Path, blocks: Sequence[str], tensors: dict[str, Tensor] | None = None) -> None:
         """Write the matrices to a safetensors file, with the names of the blocks that they end at.

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 METHODS = ("bp", "dfa", "grape")
-# The rules whose B_l a stage learns from its own backward alone.
-LOCAL_RULES: tuple[str, ...] = ()
-
 Refusal = tuple[str, str, str]  # the setting, why, what to use instead
 
 
@@ -37,12 +34,19 @@ def refused_options(options: GrapeArgumentsMixin, blocks: int) -> Iterator[Refus
         yield f"method={method!r}", "it has no star of its own over stages", f"one of {', '.join(METHODS)}"
     if method == "bp":
         return
-    if method == "grape" and options.feedback_rule not in LOCAL_RULES:
+    if method == "grape":
+        by_maps = options.feedback_rule == "local"
         yield (
             f"feedback_rule={options.feedback_rule!r}",
-            "it learns from tangents, which would have to travel through all stages",
+            "a stage would have to know the maps of all stages above, and they are not handed down yet"
+            if by_maps
+            else "it learns from tangents, which would have to travel through all stages",
             'method="dfa", or method="bp"',
         )
+    if options.feedback_sweeps:
+        yield f"feedback_sweeps={options.feedback_sweeps}", "each sweep is one more exchange between all stages", "0"
+    if options.feedback_path == "shortcut":
+        yield 'feedback_path="shortcut"', "the path leads from stage to stage, and the error goes to all", '"matrix"'
     if options.feedback_points not in (0, stages - 1):
         yield (
             f"feedback_points={options.feedback_points}",

@@ -18,11 +18,12 @@ from grape_hf.pipeline.accelerator import PipelineAccelerator, show_replicas
 from grape_hf.pipeline.failures import named_failures
 from grape_hf.pipeline.places import take_places
 from grape_hf.pipeline.refusals import refuse, refused_arguments
-from grape_hf.pipeline.step import Pipeline
 from grape_hf.training_args import options_of, resolved
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base  # a mixin's methods may call what the Trainer beside it has
+
+    from grape_hf.pipeline.step import Pipeline
 else:
     _Base = object
 
@@ -36,7 +37,7 @@ class PipelineMixin(_Base):
         ValueError: at construction, for a setting or a model that does not go with stages.
     """
 
-    _pipeline: Pipeline | None = None
+    _pipeline: "Pipeline | None" = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -58,6 +59,8 @@ class PipelineMixin(_Base):
         if options.pipeline_stages == 1:
             super().create_accelerator_and_postprocess()
             return
+        from grape_hf.pipeline.step import Pipeline  # only here: it takes in much of torch that one stage does not need
+
         refuse(refused_arguments(self))
         device = self.args.device  # by which the processes are joined
         places = take_places(options.pipeline_stages, self.args.ddp_timeout)

@@ -166,6 +166,7 @@ def make_trainer(setting: dict[str, Any], kind: str, micro_batches: int, folder:
     args = GrapeTrainingArguments(
         folder,
         method=KINDS[kind],
+        feedback_init="identity",  # heeded by the star alone
         feedback_points=0 if kind != "star" else setting["stages"] - 1,
         pipeline_stages=setting["stages"],
         pipeline_microbatches=micro_batches,

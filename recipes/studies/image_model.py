@@ -1,8 +1,8 @@
 r"""Image classifiers from scratch, one method beside the other: each at its best rate, several seeds, curves by epoch.
 
-    python recipes/studies/image_model.py recipes/studies/images/paths.yaml --prepare   # the images, once
-    python recipes/studies/image_model.py recipes/studies/images/paths.yaml             # the cells, on one core
-    python recipes/studies/image_model.py recipes/studies/images/paths.yaml --report    # table and plot
+    python recipes/studies/image_model.py recipes/studies/image_model/paths.yaml --prepare   # the images, once
+    python recipes/studies/image_model.py recipes/studies/image_model/paths.yaml             # the cells, on one core
+    python recipes/studies/image_model.py recipes/studies/image_model/paths.yaml --report    # table and plot
 
 A study is a YAML file as in ``language_model.py``, with ``data`` (a folder, the share of its training images that is
 trained on, and how they are augmented) and ``model`` (``architecture``, one of timm's or ours). What is trained on, and

@@ -17,7 +17,7 @@ from grape_hf import GrapeTrainer
 CLOSE = {"rtol": 0, "atol": 1e-12}
 COMPARED = ("loss", "grad_norm", "eval_loss", "train_loss", "learning_rate", "total_flos", "epoch")
 ACCUMULATED = {"gradient_accumulation_steps": 2, "max_steps": 3}
-STAR = {"method": "dfa", "feedback_space": "hidden"}
+STAR = {"method": "dfa", "feedback_space": "hidden", "feedback_init": "identity"}
 
 # By name: problem, options of both, options of the stages alone.
 RUNS = {
