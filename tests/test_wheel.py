@@ -29,6 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 before, began = set(sys.modules), time.process_time()
 import grape_hf
+from grape_hf import GrapeTrainer
 
 seconds, added = time.process_time() - began, sorted(set(sys.modules) - before)
 import torch
