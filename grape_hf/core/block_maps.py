@@ -25,8 +25,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grape_hf.core.layout import Pairing
-
 
 @dataclass
 class MapSums:
@@ -74,14 +72,13 @@ class BlockMaps:
                 )
         self.sums: dict[int, MapSums] = {}
 
-    def product(self, G: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Return B_1 .. B_{L-1}, each ``(n_l, n_y)``, of these maps or of others in their place."""
-        G = self.G if G is None else G
-        B = list(G)
+    def product(self) -> list[Tensor]:
+        """Return B_1 .. B_{L-1}, each ``(n_l, n_y)``."""
+        B = list(self.G)
         for index in reversed(range(len(B))):
             source = self.sources[index]
             if source is not None:
-                B[index] = G[index] @ B[source].to(G[index].device)
+                B[index] = self.G[index] @ B[source].to(self.G[index].device)
         return B
 
     def begin(self) -> None:
@@ -176,8 +173,3 @@ def map_sources(positions: Sequence[int], pooled: Sequence[bool]) -> list[int | 
         i < last and positions[i] == positions[i + 1] and pooled[i] == pooled[i + 1] for i in range(len(positions))
     ]
     return [i + 1 if same else None for i, same in enumerate(alike)]
-
-
-def aligned_source(e: Tensor, pairing: Pairing, positions: int) -> Tensor:
-    """Return e as the map of a boundary without another source takes it: ``(batch, positions or 1, n_y)``."""
-    return pairing.align(pairing.layout.vectors(e), positions)

@@ -48,6 +48,11 @@ def initial_feedback(
     return torch.randn(n_l, n_y, generator=generator, dtype=dtype) / n_l**0.5
 
 
+def is_identity(B: Tensor) -> bool:
+    """Whether a matrix is the identity."""
+    return B.shape[0] == B.shape[1] and torch.equal(B, torch.eye(len(B)).to(B))
+
+
 def normalize_columns(B: Tensor, eps: float = 1e-8) -> Tensor:
     """Scale each column of ``B`` to unit length: B[:,k] / (|B[:,k]| + eps)."""
     return B / (torch.linalg.vector_norm(B, dim=0, keepdim=True) + eps)
@@ -155,7 +160,7 @@ class Feedback:
     @property
     def is_identity(self) -> bool:
         """Whether every matrix is the identity."""
-        return all(b.shape[0] == b.shape[1] and torch.equal(b, torch.eye(len(b)).to(b)) for b in self.B)
+        return all(map(is_identity, self.B))
 
     def jacobians(self, estimate: JacobianSum) -> list[Tensor]:
         """Return J_hat_l, ``(n_y, n_l)``: the means, plus what B predicted where the sums are of the residual."""

@@ -13,13 +13,14 @@ are two ways to a better delta, which use the graphs of the blocks before these 
   C = identity as Highway-BP (Fagnou et al., ICLR 2025, arXiv 2501.17086).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from grape_hf.core.block_maps import BlockMaps, aligned_source
+from grape_hf.core.block_maps import BlockMaps
 from grape_hf.core.layout import Pairing
 from grape_hf.core.paths import pull_back
 
@@ -85,33 +86,29 @@ class Lesson:
         if self._e is None or index not in self._deltas or index not in self._inputs:
             return
         assert self.maps is not None
-        source = self.maps.sources[index]
-        above = None if source is None else self._deltas.pop(source, None)
-        if source is None or above is not None:  # else the boundary between was left out, or given up
-            self.learn(index, self._inputs[index], *self._deltas[index], above, self._e)
-        del self._inputs[index]
+        self.learn(index, self._inputs.pop(index), self._deltas, self._e)
+        self._deltas.pop(self.maps.sources[index], None)  # type: ignore[arg-type]  # nobody else's source
 
-    def learn(
-        self, index: int, v: Tensor, delta: Tensor, pairing: Pairing, above: tuple[Tensor, Pairing] | None, e: Tensor
-    ) -> None:
-        """Have a map learn.
+    def learn(self, index: int, v: Tensor, deltas: Mapping[int, tuple[Tensor, Pairing]], e: Tensor) -> None:
+        """Have a map learn; nothing is learned where the boundary that it comes from was left out, or given up.
 
         Args:
             index: of the boundary.
             v: gradient at h_l that the block behind it has computed.
-            delta: what the map and the path beside it made of the delta behind that block.
-            pairing: of h_l.
-            above: the delta behind the block, with its pairing; None where the map takes e.
-            e: the error.
+            deltas: with their pairings: at h_l what the map and the path beside it made of the one behind that block.
+            e: the error, which a map without another source takes.
         """
         assert self.maps is not None
+        (delta, pairing), source = deltas[index], self.maps.sources[index]
         vectors = pairing.layout.vectors(v)
-        if above is None:
-            d = aligned_source(e, pairing, vectors.shape[1])
+        if source is None:
+            d = pairing.align(pairing.layout.vectors(e), vectors.shape[1])
             if d.shape[1] != vectors.shape[1]:
                 d = pairing.unpadded(d.expand(-1, vectors.shape[1], -1))
+        elif source in deltas:
+            d = deltas[source][1].layout.vectors(deltas[source][0])
         else:
-            d = above[1].layout.vectors(above[0])
+            return
         self.maps.observe(index, vectors, d, pairing.layout.vectors(delta))
 
 
@@ -239,25 +236,16 @@ class Star:
                 index, above = below[place], indices[place + 1] if place + 1 < len(indices) else None
                 if v is None:  # the block behind it was left out
                     continue
-                if number == 0:
-                    self._learn(index, above, v, deltas, e)
+                if number == 0 and self.lesson is not None and self.lesson.maps is not None:
+                    # From the deltas before they were corrected, which are what the maps have made.
+                    paired = {i: (delta, self.arms[i].pairing) for i, delta in deltas.items()}
+                    self.lesson.learn(index, v, paired, e)
                 change = None
                 if above is not None and corrected[above] is not deltas[above]:
                     change = self._coarse(index, above, corrected[above] - deltas[above].to(corrected[above]))
                 corrected[index] = v if change is None else v + change.to(v)
             deltas = corrected
         return deltas
-
-    def _learn(self, index: int, above: int | None, v: Tensor, deltas: dict[int, Tensor], e: Tensor) -> None:
-        """Have a map learn from the deltas before they were corrected, which are what the maps have made."""
-        if self.lesson is None or self.lesson.maps is None:
-            return
-        source = self.lesson.maps.sources[index]
-        if source is None:
-            self.lesson.learn(index, v, deltas[index], self.arms[index].pairing, None, e)
-        elif source == above:
-            behind = deltas[source], self.arms[source].pairing
-            self.lesson.learn(index, v, deltas[index], self.arms[index].pairing, behind, e)
 
     def _coarse(self, index: int, above: int, change: Tensor) -> Tensor | None:
         """Return C_l of the change of the delta above."""

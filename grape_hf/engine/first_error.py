@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grape_hf.core.boundaries import Boundaries, ReadAt
 from grape_hf.core.calls import ModelCall
-from grape_hf.core.feedback import Feedback
+from grape_hf.core.feedback import Feedback, is_identity
 from grape_hf.core.modes import Forward
 from grape_hf.engine.probe import read_position
 from grape_hf.engine.ranks import Ranks
@@ -53,7 +53,7 @@ class FirstError:
             return False
         boundaries.read_at = found
         matrices = feedback.learned
-        starts = [b.shape[0] == b.shape[1] and torch.equal(b, torch.eye(len(b)).to(b)) for b in matrices]
+        starts = [is_identity(b) for b in matrices]
         if feedback.maps is not None:  # of maps only one that takes e is of other pairs now
             starts = [start and s is None for start, s in zip(starts, feedback.maps.sources, strict=True)]
         shared = [b / self._positions if start else b for b, start in zip(matrices, starts, strict=True)]
