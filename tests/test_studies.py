@@ -25,7 +25,7 @@ from image_model import ImageStudy
 from image_pixels import squeezed, unsqueezed
 from language_model import LanguageStudy
 from study import Study, run
-from study_trainers import TRAINERS, ExactPart, FirstPoints, LateBlocks, MeasuredUpdates, SmallerBelow, part_of
+from study_trainers import TRAINERS, ExactPart, FirstPoints, LateStages, MeasuredUpdates, SmallerBelow, part_of
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
@@ -116,26 +116,31 @@ def is_low(name: str, k: int) -> bool:
     return name == "transformer.wpe.weight" or any(name.startswith(f"transformer.h.{i}.") for i in range(k))
 
 
-class TestLateBlocks:
-    def test_the_lower_weights_learn_from_the_gradient_of_the_step_before(self, tmp_path: Path):
-        _, watch = trained(tmp_path, lambda **kw: LateBlocks(2, **kw), method="bp")
+def delay_of(name: str, cuts: list[int]) -> int:
+    """How many steps late the gradient of a weight is: the first of K stages has the embeddings."""
+    stages = len(cuts) - 1
+    if not name.startswith("transformer.h."):
+        return stages - 1 if name == "transformer.wpe.weight" else 0
+    block = int(name.split(".")[2])
+    return stages - 1 - next(s for s in range(stages) if cuts[s] <= block < cuts[s + 1])
+
+
+class TestLateStages:
+    @pytest.mark.parametrize("cuts", [[0, LAYERS], [0, 2, LAYERS], [0, 1, 2, LAYERS]])
+    def test_a_stage_learns_from_the_gradient_of_an_earlier_step(self, tmp_path: Path, cuts: list[int]):
+        stages = len(cuts) - 1
+        _, watch = trained(tmp_path, lambda **kw: LateStages(stages, **kw), steps=4, method="bp")
         exact = [gradients_by_hand(weights) for weights in watch.weights]
         for t, used in enumerate(watch.gradients):
-            for name, gradient in exact[t][0].items():
-                if is_low(name, 2):
-                    if t == 0:
-                        assert name not in used
-                        continue
-                    gradient = exact[t - 1][0][name]
-                if name == "transformer.wte.weight" and t > 0:  # the head's part, in time, and the look-up's, late
-                    gradient = gradient + exact[t - 1][1]
+            for name in exact[t][0]:
+                late, looked_up = t - delay_of(name, cuts), t - (stages - 1)
+                if late < 0:
+                    assert name not in used
+                    continue
+                gradient = exact[late][0][name]
+                if name == "transformer.wte.weight":  # the head's part, in time, and the look-up's, late
+                    gradient = gradient + (exact[looked_up][1] if looked_up >= 0 else 0)
                 torch.testing.assert_close(used[name], gradient, msg=lambda text, n=name, t=t: f"{n}, {t}: {text}")
-
-    def test_nothing_is_late_where_no_block_is_low_but_the_embeddings(self, tmp_path: Path):
-        _, watch = trained(tmp_path, lambda **kw: LateBlocks(0, **kw), steps=1, method="bp")
-        assert "transformer.wpe.weight" not in watch.gradients[0]
-        assert "transformer.h.0.ln_1.weight" in watch.gradients[0]
-        assert "transformer.ln_f.weight" in watch.gradients[0]
 
 
 STAR = {"method": "dfa", "feedback_space": "hidden", "feedback_init": "identity"}
@@ -214,7 +219,7 @@ def small_study(folder: Path, name: str = "small", **changes: Any) -> Path:
         "eval_blocks": 16,
         "learning_rates": [0.01, 0.001],
         "seeds": [0, 1],
-        "methods": {"bp": {"method": "bp"}, "identity": STAR, "late": {"method": "bp", "trainer": {"late_blocks": 1}}},
+        "methods": {"bp": {"method": "bp"}, "identity": STAR, "late": {"method": "bp", "trainer": {"late_stages": 2}}},
     } | changes
     data = token_blocks.folder_of(settings["data"])
     data.mkdir(parents=True, exist_ok=True)
@@ -239,7 +244,7 @@ class TestStudies:
         """The rates are chosen at 4 steps; 6 steps run at the chosen rate; all of it comes back in one file."""
         methods = {
             "bp": {"method": "bp"},
-            "late": {"method": "bp", "trainer": {"late_blocks": 1}, "learning_rates": [0.01]},
+            "late": {"method": "bp", "trainer": {"late_stages": 2}, "learning_rates": [0.01]},
         }
         short = small_study(tmp_path, methods=methods)
         longer = small_study(tmp_path, "longer", rates_from=short.name, steps=6, methods={"bp": {"method": "bp"}})

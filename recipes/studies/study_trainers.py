@@ -2,7 +2,7 @@ r"""Trainers of the studies alone: laws of an update that no user would train wi
 
 Each is chosen in a study's YAML by ``trainer: {<name>: <value>}`` among a method's options:
 
-- ``late_blocks: k``: backpropagation with the delay of a pipeline (``LateBlocks``);
+- ``late_stages: K``: backpropagation with the delay of a pipeline of K stages (``LateStages``);
 - ``first_points: k``: feedback at h_1 .. h_k, the exact gradient above (``FirstPoints``);
 - ``exact_part: name``: exact weight gradients for one part of every block (``ExactPart``);
 - ``measured_updates: cosine``: gradients of a block times their measured cosine (``MeasuredUpdates``);
@@ -11,7 +11,9 @@ Each is chosen in a study's YAML by ``trainer: {<name>: <value>}`` among a metho
 They count on one backward for each optimiser step.
 """
 
+from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 
 from grape_hf import GrapeTrainer
 from grape_hf.core.blocks import find_blocks
+from grape_hf.pipeline.cuts import even_cuts
 
 
 class StudyTrainer(GrapeTrainer):
@@ -37,36 +40,38 @@ class StudyTrainer(GrapeTrainer):
         return list(find_blocks(self.model, self.args.blocks).values())
 
 
-class LateBlocks(StudyTrainer):
-    r"""Backpropagation where the first k blocks, and what feeds them, learn from the gradient of the step before.
+class LateStages(StudyTrainer):
+    r"""Backpropagation over K stages none of which waits for a gradient: stage s = 0 .. K-1 takes one K-1-s steps old.
 
     .. math::
         g^t = \nabla L(\theta^t; \text{batch } t), \qquad
-        \theta_{low}^{t+1} = U(\theta_{low}^t, g_{low}^{t-1}), \qquad
-        \theta_{high}^{t+1} = U(\theta_{high}^t, g_{high}^t)
+        \theta_s^{t+1} = U(\theta_s^t, g_s^{t-(K-1-s)})
 
-    ``U`` is the optimiser's step. The late gradient was taken at the weights of its own step, all of them, as in a
-    pipeline that never waits and keeps the weights that a batch went forward with. In the first step the lower weights
-    stay as they are. Clipping sees the gradients that are used. The lower weights are all those in front of block
-    k + 1: of a matrix that the head shares with the embeddings, the head's part of the gradient is in time, and the
-    embeddings' part is late.
+    ``U`` is the optimiser's step. A late gradient was taken at the weights of its own step, all of them, as in a
+    pipeline that never waits and keeps the weights that a batch went forward with. Until its first gradient arrives a
+    stage stays as it is. Clipping sees the gradients that are used. Blocks are shared out evenly; the first stage has
+    all that is in front of them: of a matrix that the head shares with the embeddings, the head's part of the gradient
+    is in time, and the embeddings' part is late.
     """
 
     def __init__(self, value: int, **kwargs: Any) -> None:
         super().__init__(value, **kwargs)
-        above = {id(p) for block in self.model_blocks[value:] for p in block.parameters()}
+        blocks = self.model_blocks
+        cuts = even_cuts(len(blocks), value)
+        delays = dict.fromkeys(_behind(self.model, blocks), 0)
+        for stage, (start, end) in enumerate(pairwise(cuts)):
+            delays |= {id(p): value - 1 - stage for block in blocks[start:end] for p in block.parameters()}
         head = {id(p) for p in self.model.get_output_embeddings().parameters()}
-        norm = _behind(self.model, self.model_blocks)
-        late = [p for p in self.model.parameters() if id(p) not in above | head | norm]
+        delays |= dict.fromkeys(head, 0)
+        late = [(p, delays.get(id(p), value - 1)) for p in self.model.parameters()]
         self._embeddings: nn.Embedding = self.model.get_input_embeddings()
-        shared = id(self._embeddings.weight) in head
-        if shared:
+        self._shared = id(self._embeddings.weight) in head
+        if self._shared:
             # The look-up's share of the gradient lands in a leaf of its own, on the same numbers.
             self._looked_up = nn.Parameter(self._embeddings.weight.detach())
             self._embeddings.register_forward_hook(self._look_up)
-            late.append(self._looked_up)
-        self._shared, self._late = shared, late
-        self._held: list[Tensor | None] = [None] * len(late)
+            late.append((self._looked_up, value - 1))
+        self._late = [(p, delay, deque[Tensor | None]()) for p, delay in late if delay]
 
     def _look_up(self, module: nn.Embedding, args: tuple[Tensor], output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -76,10 +81,11 @@ class LateBlocks(StudyTrainer):
         return F.embedding(args[0], self._looked_up)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Take the stock step, and change the lower weights' gradients for those of the step before."""
+        """Take the stock step, and change the lower stages' gradients for earlier ones."""
         loss = super().training_step(*args, **kwargs)
-        for i, weight in enumerate(self._late):
-            weight.grad, self._held[i] = self._held[i], weight.grad
+        for weight, delay, held in self._late:
+            held.append(weight.grad)
+            weight.grad = held.popleft() if len(held) > delay else None
         if self._shared and self._looked_up.grad is not None:
             assert self._embeddings.weight.grad is not None
             self._embeddings.weight.grad += self._looked_up.grad
@@ -194,7 +200,7 @@ class SmallerBelow(ScaledBlocks):
 
 
 TRAINERS: dict[str, type[StudyTrainer]] = {
-    "late_blocks": LateBlocks,
+    "late_stages": LateStages,
     "first_points": FirstPoints,
     "exact_part": ExactPart,
     "measured_updates": MeasuredUpdates,
