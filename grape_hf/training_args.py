@@ -330,7 +330,7 @@ class GrapeArgumentsMixin:
         default=1,
         metadata={
             "help": "Divide the model's blocks among so many processes, its stages (K); K times R processes are R "
-            "replicas. For methods `bp` and `dfa`. See docs/pipeline.md."
+            "replicas. For methods `bp`, `dfa` and `grape`. See docs/pipeline.md."
         },
     )
     pipeline_microbatches: Annotated[int, Range(int, 1)] = field(

@@ -72,13 +72,19 @@ class BlockMaps:
                 )
         self.sums: dict[int, MapSums] = {}
 
-    def product(self) -> list[Tensor]:
-        """Return B_1 .. B_{L-1}, each ``(n_l, n_y)``."""
+    def product(self, above: Tensor | None = None) -> list[Tensor]:
+        """Return B_1 .. B_{L-1}, each ``(n_l, n_y)``.
+
+        Args:
+            above: the matrix of what a map without a source takes, ``(n, n_y)``, where that is no e: a pipeline stage
+                holds the maps of its own blocks alone.
+        """
         B = list(self.G)
         for index in reversed(range(len(B))):
             source = self.sources[index]
-            if source is not None:
-                B[index] = self.G[index] @ B[source].to(self.G[index].device)
+            factor = above if source is None else B[source]
+            if factor is not None:
+                B[index] = self.G[index] @ factor.to(self.G[index].device)
         return B
 
     def begin(self) -> None:

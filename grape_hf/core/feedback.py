@@ -127,6 +127,8 @@ class Feedback:
         maps: BlockMaps | None = None,
     ) -> None:
         self.B = [normalize_columns(b) for b in B] if normalize else list(B)
+        if normalize and maps is not None:
+            maps.G = [normalize_columns(g) for g in maps.G]
         self.rule, self.lr, self.normalize = rule, lr, normalize
         self.guard, self.maps = guard or FiniteGuard(), maps
 

@@ -8,6 +8,7 @@ of a linear system, whose last digits depend on the number of threads and on the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,24 +18,26 @@ from torch.distributed.fsdp import FSDPModule
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of the default process group of ``torch.distributed``; on its own by default.
+    """The ranks of a process group of ``torch.distributed``; on its own by default.
 
     Both methods must be called by all ranks, with tensors of the same shapes and dtypes, and leave their arguments as
     they are.
 
     Args:
         count: how many there are.
+        group: the process group; the default one if None.
     """
 
     count: int = 1
+    group: Any = None
 
     def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the sum of each tensor over ranks."""
-        return self._together(tensors, dist.all_reduce)
+        return self._together(tensors, lambda joined: dist.all_reduce(joined, group=self.group))
 
     def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return each tensor as rank 0 has it."""
-        return self._together(tensors, lambda joined: dist.broadcast(joined, src=0))
+        return self._together(tensors, lambda joined: dist.broadcast(joined, group=self.group, group_src=0))
 
     def _together(self, tensors: Sequence[Tensor], act: Callable[[Tensor], object]) -> list[Tensor]:
         """Join tensors of one device and dtype, act on them in one transfer, and part them again."""

@@ -1,7 +1,7 @@
 r"""The feedback matrices of one stage: :math:`\delta_l = B_l e` at its own points.
 
 They are those of one process with the same feedback points: the same starts, drawn in the same order, and the same file
-in a checkpoint. A stage keeps its own alone.
+in a checkpoint. A stage keeps its own alone. For ``feedback_rule="local"`` they are products of maps (``maps.py``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,35 +10,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grape_hf.core.feedback import Feedback, FeedbackInit, initial_feedback
+from grape_hf.core.block_maps import BlockMaps
+from grape_hf.core.feedback import Feedback, FeedbackInit, initial_feedback, is_identity, normalize_columns
 from grape_hf.core.star import Matrix
 from grape_hf.engine.probe import read_position
+from grape_hf.pipeline.maps import StageMaps
 from grape_hf.pipeline.places import Places
+from grape_hf.pipeline.split import StageModel
+from grape_hf.training_args import GrapeArgumentsMixin
 
 
 class StageFeedback:
     """B_l at the feedback points of one stage.
 
-    Whoever learns B_l inside a stage replaces the matrices in ``B``; the rest follows.
-
     Args:
         names: all feedback points of the model: the number of the block before each, with its name.
-        own: those of this stage.
-        init: how B_l starts.
+        blocks: of this stage, by their numbers in the chain.
+        init: how B_l, or the maps, start.
         width: n, the size of h_l and y, which are of one size.
         seed: of a gaussian start.
         dtype: of the matrices.
         device: where they lie.
 
     Attributes:
+        own: the points of this stage.
         B: by point, a matrix ``(n, n)``, or "identity", which saves the product.
+        maps: what B_l is the product of; None if B_l stays as it is.
         read_at: where the loss reads y, if that is one position alone; known on the last stage after the first error.
     """
 
     def __init__(
         self,
         names: Mapping[int, str],
-        own: Sequence[int],
+        blocks: Sequence[int],
         init: FeedbackInit,
         width: int,
         seed: int,
@@ -46,17 +50,48 @@ class StageFeedback:
         device: torch.device,
     ) -> None:
         self.names, self.width, self.dtype, self.device = dict(names), width, dtype, device
+        self.blocks, self.own = list(blocks), [point for point in names if point in blocks]
         self.read_at: str | None = None
+        self.maps: StageMaps | None = None
         self._asked = False
         self._share = 1.0  # of the error that each position gets, where there is one error for all
         self._identity = init == "identity"
         self._padding: list[Tensor | None] = []
-        self.B: dict[int, Matrix] = {}
-        generator = torch.Generator().manual_seed(seed)
-        for point in names:
-            matrix = None if init == "identity" else initial_feedback(init, width, width, generator, dtype)
-            if point in own:
-                self.B[point] = "identity" if matrix is None else matrix.to(device)
+        self.B: dict[int, Matrix] = dict.fromkeys(self.own, "identity")
+        self._starts: dict[int, Tensor] = {}
+        if not self._identity:
+            generator = torch.Generator().manual_seed(seed)
+            self._starts = {point: initial_feedback(init, width, width, generator, dtype) for point in names}
+            self.B = {point: self._starts[point].to(device) for point in self.own}
+
+    def learn(self, places: Places, lr: float, normalize: bool) -> None:
+        """Have the starts be those of maps, which learn; their products are the matrices.
+
+        Args:
+            places: of this process.
+            lr: eta_B.
+            normalize: whether columns get unit length, at the start too.
+        """
+        points = list(self.names)
+        held = [point for point in points if point + 1 in self.blocks]
+        starts = self._starts or dict.fromkeys(points, torch.eye(self.width, dtype=self.dtype))
+        if normalize:
+            starts = {point: normalize_columns(start) for point, start in starts.items()}
+        matrices = dict(starts)
+        if self._starts or normalize:  # else they are products of identities
+            maps = self._whole(list(starts.values()), list(starts.values())).maps
+            assert maps is not None
+            matrices = dict(zip(points, maps.product(), strict=True))
+        self.B = {point: matrices[point].to(self.device) for point in self.own}
+        G = [starts[point].to(self.device, copy=True) for point in held]
+        end = self.blocks[-1]
+        above = None if places.is_last else matrices[end].to(self.device)
+        self.maps, self._starts = StageMaps(held, end, G, above, places, lr, normalize), {}
+
+    def settle(self) -> None:
+        """Take in what the maps of this stage and of those above have learned; to be called by all stages."""
+        if self.maps is not None:
+            self.B |= {point: b for point, b in self.maps.settle().items() if point in self.own}
 
     def begin(self, padding: list[Tensor | None]) -> None:
         """Begin a batch.
@@ -87,8 +122,8 @@ class StageFeedback:
         padding = self._padding[number]
         return (whole if padding is None else whole * padding.to(e)[..., None]).contiguous()
 
-    def deltas(self, points: Sequence[int], e: Tensor, number: int) -> list[Tensor]:
-        """Return delta_l = B_l e at the points of this stage, ``(batch, positions, n)`` each.
+    def deltas(self, points: Sequence[int], e: Tensor, number: int) -> dict[int, Tensor]:
+        """Return delta_l = B_l e at points of this stage, ``(batch, positions, n)`` each.
 
         The output of the last block is y itself: it has no matrix, and gets the error at y.
 
@@ -97,30 +132,120 @@ class StageFeedback:
             e: the error that has arrived; on the last stage, the error at y.
             number: of the micro-batch.
         """
-        arrived = self.spread(e, number) if self._asked else e
-        return [project(arrived, self.B[point]) if point in self.B else e for point in points]
+        self.settle()
+        arrived = self._arrived(e, number)
+        return {point: project(arrived, self.B[point]) if point in self.B else e for point in points}
+
+    def observe(self, inputs: Mapping[int, Tensor], deltas: Mapping[int, Tensor], e: Tensor, number: int) -> None:
+        """Have the maps learn from the backward of a micro-batch.
+
+        Args:
+            inputs: by point, what the block behind it has read, with its gradient.
+            deltas: what ``deltas`` returned.
+            e: as there.
+            number: as there.
+        """
+        assert self.maps is not None
+        given = {point: delta if point in self.B else self._arrived(e, number) for point, delta in deltas.items()}
+        self.maps.observe(inputs, given)
+
+    def products(self, e: Tensor, exact: Mapping[int, Tensor]) -> Tensor:
+        """Return the products behind cos(B_l e, delta_l) at the points of this stage (``core/alignment.py``).
+
+        Args:
+            e: the error as it travels.
+            exact: by point, the gradient there.
+        """
+        rows = torch.zeros(len(self.own), 3, dtype=self.dtype, device=self.device)
+        for row, point in zip(rows, self.own, strict=True):
+            if point in exact:
+                delta = exact[point]
+                sent = project(e, self.B[point]).to(delta)
+                row += torch.stack([(sent * delta).sum(), sent.square().sum(), delta.square().sum()]).to(row)
+        return rows
+
+    def _arrived(self, e: Tensor, number: int) -> Tensor:
+        """The error as it travels: e itself on all stages but the last."""
+        return self.spread(e, number) if self._asked else e
 
     def save(self, path: Path, places: Places) -> None:
         """Write the matrices of all stages as one process would; to be called by all."""
+        self.settle()
         share = places.from_last(self._share)
-        parts = places.gathered({point: self._dense(b, share).cpu() for point, b in self.B.items()})
+        maps = {} if self.maps is None else dict(zip(self.maps.points, self.maps.maps.G, strict=True))
+        parts = places.gathered(
+            ({p: self._dense(b, share).cpu() for p, b in self.B.items()}, {p: g.cpu() for p, g in maps.items()})
+        )
         if parts is not None:
-            found = {point: b for part in parts for point, b in part.items()}
-            Feedback([found[point] for point in self.names]).save(path, list(self.names.values()))
+            B, G = ({p: t for part in parts for p, t in part[which].items()} for which in (0, 1))
+            whole = self._whole([B[point] for point in self.names], [G[point] for point in self.names if point in G])
+            if whole.maps is not None:
+                whole.maps.G[-1] = whole.maps.G[-1] * share
+            whole.save(path, list(self.names.values()))
 
     def load(self, path: Path, read_at: str | None) -> None:
         """Read the matrices of this stage back; see ``Feedback.load`` for what is refused."""
-        empty = torch.empty(self.width, self.width, dtype=self.dtype)
-        whole = Feedback([empty for _ in self.names])
+        self.settle()  # what is on its way from an earlier training would arrive later
+        empty = [torch.empty(self.width, self.width, dtype=self.dtype) for _ in self.names]
+        whole = self._whole(empty, [] if self.maps is None else list(empty))
         whole.load(path, list(self.names.values()))
-        found = dict(zip(self.names, whole.B, strict=True))
-        unchanged = torch.eye(self.width, dtype=self.dtype)
-        self.B = {p: "identity" if torch.equal(found[p], unchanged) else found[p].to(self.device) for p in self.B}
+        B = {point: b.to(self.device) for point, b in zip(self.names, whole.B, strict=True)}
+        if self.maps is None:
+            self.B = {point: "identity" if is_identity(B[point]) else B[point] for point in self.B}
+        else:
+            assert whole.maps is not None
+            G = dict(zip(self.names, whole.maps.G, strict=True))
+            self.maps.maps.G = [G[point].to(self.device) for point in self.maps.points]
+            self.B = {point: B[point] for point in self.B}
+            self.maps.above = None if self.maps.above is None else B[self.maps.end]
         self.read_at, self._asked, self._share = read_at, read_at is not None, 1.0
         self._identity = False  # what positions share is in the matrices by now
 
+    @staticmethod
+    def _whole(B: list[Tensor], G: list[Tensor]) -> Feedback:
+        """The matrices as one process has them."""
+        return Feedback(B, maps=BlockMaps(G, [*range(1, len(G)), None]) if G else None)
+
     def _dense(self, b: Matrix, share: float) -> Tensor:
-        return share * torch.eye(self.width, dtype=self.dtype) if isinstance(b, str) else b
+        return share * (torch.eye(self.width, dtype=self.dtype) if isinstance(b, str) else b)
+
+
+def stage_feedback(
+    options: GrapeArgumentsMixin,
+    split: StageModel,
+    points: Sequence[int],
+    seed: int,
+    places: Places,
+    device: torch.device,
+) -> StageFeedback:
+    """Make the feedback of one stage as it is when a training begins.
+
+    Args:
+        options: GrAPE's.
+        split: this stage of the model.
+        points: all feedback points of the model.
+        seed: of a gaussian start.
+        places: of this process.
+        device: where this stage computes.
+
+    Raises:
+        ValueError: if blocks return something else than ``(batch, positions, n)`` of one size.
+    """
+    h = split.seen.h
+    if any(made.ndim != 3 or made.shape[1:] != h[-1].shape[1:] for made in h):
+        shapes = sorted({tuple(made.shape[1:]) for made in h})
+        raise ValueError(
+            f'method="{options.method}" with pipeline_stages expects that all blocks return (batch, positions, n) of '
+            f'one size, found {shapes}. Use method="bp" over stages, or pipeline_stages=1.'
+        )
+    chosen = options.feedback_init
+    init = "identity" if chosen is None or chosen == "auto" else chosen
+    dtype = torch.promote_types(h[-1].dtype, torch.float32)
+    names = {point: split.chain_names[point] for point in points}
+    found = StageFeedback(names, list(split.blocks), init, h[-1].shape[-1], seed, dtype, device)
+    if options.method == "grape":
+        found.learn(places, options.feedback_lr or 0.0, bool(options.feedback_normalize))
+    return found
 
 
 def project(e: Tensor, B: Matrix) -> Tensor:

@@ -21,6 +21,8 @@ class Places:
         stage: of this process, 0 .. K-1.
         replica: of this process, 0 .. R-1.
         pipe: the stages of this replica; activations and gradients travel in it.
+        down: the same processes, for the maps' products: in a group of their own, as torch's schedules count on the
+            order of messages in theirs.
         control: the same processes, for Python objects. It is always on the CPU.
         across: the processes of this stage, one a replica.
         ends: the first and the last stage of this replica.
@@ -32,6 +34,7 @@ class Places:
     stage: int
     replica: int
     pipe: Any
+    down: Any
     control: Any
     across: Any
     ends: Any
@@ -46,6 +49,11 @@ class Places:
     def is_last(self) -> bool:
         """Whether this process computes the loss."""
         return self.stage == self.stages - 1
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self.first + self.stage
 
     @property
     def first(self) -> int:
@@ -125,6 +133,7 @@ def take_places(stages: int, timeout: float) -> Places:
         stage=stage,
         replica=replica,
         pipe=own(pipes),
+        down=own(pipes),
         control=own(pipes, "gloo"),
         across=own([list(range(s, world, stages)) for s in range(stages)]),
         ends=own([[pipe[0], pipe[-1]] for pipe in pipes]),

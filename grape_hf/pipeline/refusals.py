@@ -34,14 +34,11 @@ def refused_options(options: GrapeArgumentsMixin, blocks: int) -> Iterator[Refus
         yield f"method={method!r}", "it has no star of its own over stages", f"one of {', '.join(METHODS)}"
     if method == "bp":
         return
-    if method == "grape":
-        by_maps = options.feedback_rule == "local"
+    if method == "grape" and options.feedback_rule != "local":
         yield (
             f"feedback_rule={options.feedback_rule!r}",
-            "a stage would have to know the maps of all stages above, and they are not handed down yet"
-            if by_maps
-            else "it learns from tangents, which would have to travel through all stages",
-            'method="dfa", or method="bp"',
+            "it learns from tangents, which would have to travel through all stages",
+            'feedback_rule="local", whose maps learn inside a stage, method="dfa", or method="bp"',
         )
     if options.feedback_sweeps:
         yield f"feedback_sweeps={options.feedback_sweeps}", "each sweep is one more exchange between all stages", "0"

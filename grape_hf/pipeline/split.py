@@ -132,6 +132,7 @@ class StageModel:
         names: names of all of the model's parameters, in order.
         state_names: keys of its state dict, those of tied weights in one list.
         tied: parameters that the first and the last stage share.
+        trained_below: whether something below this stage is trained.
         parameters: how many numbers the whole model has, without its embeddings.
         loss_dtype: of losses on their way through torch's schedules.
 
@@ -156,6 +157,9 @@ class StageModel:
             for names in (seen.after, seen.before)
         )
         _refuse_shared(chain, cuts, head.keys() | stem.keys())
+        below = [*stem.values(), *(p for block in list(chain.values())[:start] for p in block.parameters())]
+        below += [parameter for name, parameter in model.named_parameters() if name in seen.stem_parameters]
+        self.trained_below = not first and any(p.requires_grad for p in below)
         self.tied = [p for key, p in head.items() if key in stem] if first or last else []
         kept = frozenset(map(id, self.tied))
         for i, (name, block) in enumerate(chain.items()):

@@ -37,8 +37,12 @@ class StageModule(nn.Module):
         number: of the micro-batch that comes next.
         extent: of each micro-batch.
         star: whether the next forward is cut at the feedback points.
+        learning: whether maps learn from what blocks send to their inputs.
+        recording: whether an ordinary backward shall leave exact deltas in ``exact``.
         cut: by point, the hidden states that the local backward starts from.
+        inputs: by point, what the block behind it reads; kept for maps that learn.
         y: the last block's output, detached, at which e is measured; on the last stage.
+        exact: by point and micro-batch, the gradient there; at the last block that is e.
     """
 
     def __init__(self, split: StageModel, places: Places, device: torch.device, points: Sequence[int]) -> None:
@@ -48,8 +52,12 @@ class StageModule(nn.Module):
         self.number: int = 0
         self.extent: Extent = Extent(0, None)
         self.star: bool = False
+        self.learning: bool = False
+        self.recording: bool = False
         self.cut: dict[int, Tensor] = {}
+        self.inputs: dict[int, Tensor] = {}
         self.y: Tensor | None = None
+        self.exact: dict[tuple[int, int], Tensor] = {}
         for index in points:
             split.blocks[index].register_forward_hook(self._at_point(index))
         if places.is_last:
@@ -63,7 +71,7 @@ class StageModule(nn.Module):
         """
         assert self.loss is not None
         if self.star and received is not None:
-            received = received.detach()
+            received = self._read(min(self.split.blocks) - 1, received)
         with self.split.border.holding(received, self.extent, self.device):
             try:
                 return self.loss(self.number).reshape(1).to(self.split.loss_dtype)
@@ -71,24 +79,46 @@ class StageModule(nn.Module):
                 # As the next stage expects it; an evaluation may compute in another type than the training.
                 return leaving.h.to(self.split.seen.h[max(self.split.blocks)].dtype).contiguous()
 
+    def _read(self, point: int, h: Tensor) -> Tensor:
+        """Return what is read behind a point: a leaf, whose gradient is kept if maps learn from it."""
+        learning = self.learning and (point in self.split.blocks or self.split.trained_below)
+        leaf = h.detach().requires_grad_(learning)
+        if learning:
+            self.inputs[point] = leaf
+        return leaf
+
     def _at_point(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            if not self.star or not torch.is_grad_enabled():
+            h = output[0] if isinstance(output, tuple | list) else output
+            if not torch.is_grad_enabled() or not h.requires_grad:
                 return None
-            h = self.cut[index] = output[0] if isinstance(output, tuple | list) else output
-            return _put(output, h.detach())
+            if not self.star:
+                return self._record(index, h)
+            self.cut[index] = h
+            at_end = index == max(self.split.blocks)
+            return _put(output, h.detach() if at_end else self._read(index, h))
 
         return hook
 
     def _at_y(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            if not self.star or not torch.is_grad_enabled():
+            h = output[0] if isinstance(output, tuple | list) else output
+            if not torch.is_grad_enabled():
                 return None
-            h = self.cut[index] = output[0] if isinstance(output, tuple | list) else output
+            if not self.star:
+                return self._record(index, h)
+            if h.requires_grad:
+                self.cut[index] = h
             self.y = h.detach().requires_grad_()
             return _put(output, self.y)
 
         return hook
+
+    def _record(self, index: int, h: Tensor) -> None:
+        """Note the gradient that arrives at a point in an ordinary backward."""
+        if self.recording and h.requires_grad:
+            key = index, self.number
+            h.register_hook(lambda gradient: self.exact.__setitem__(key, gradient))
 
 
 def _put(output: Any, h: Tensor) -> Any:
@@ -126,21 +156,22 @@ class FeedbackStage(PipelineStage):
             group=places.pipe,
         )
         self.extent, self.star, self.feedback, self.places = extent, star, feedback, places
-        self._waiting: dict[int, tuple[dict[int, Tensor], Tensor]] = {}  # by micro-batch: what was cut, and y or e
+        # By micro-batch: what was cut, what blocks read, and y or e.
+        self._waiting: dict[int, tuple[dict[int, Tensor], dict[int, Tensor], Tensor]] = {}
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """F: run a micro-batch through this stage."""
         module = self.module
         module.number, module.extent = fwd_chunk_id, self.extent
-        module.star, module.cut, module.y = self.star and self.has_backward, {}, None
+        module.star, module.cut, module.inputs, module.y = self.star and self.has_backward, {}, {}, None
         try:
             output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         except RuntimeError as error:
             # torch puts its own error around each, with all shapes; what went wrong is inside.
             raise (error.__cause__ or error) from None
         if module.star:
-            self._waiting[fwd_chunk_id] = (module.cut, output if module.y is None else module.y)
-        module.star, module.cut, module.y = False, {}, None
+            self._waiting[fwd_chunk_id] = (module.cut, module.inputs, output if module.y is None else module.y)
+        module.star, module.cut, module.inputs, module.y = False, {}, {}, None
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, loss: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -149,7 +180,7 @@ class FeedbackStage(PipelineStage):
             super().backward_one_chunk(bwd_chunk_id, loss, *args, **kwargs)
             return
         self.fwd_cache.pop(bwd_chunk_id)
-        cut, y = self._waiting[bwd_chunk_id]
+        cut, inputs, y = self._waiting[bwd_chunk_id]
         if self.is_last:
             loss.backward()
             e = y.grad
@@ -158,7 +189,7 @@ class FeedbackStage(PipelineStage):
             travelling = self.feedback.spread(e, bwd_chunk_id)
         else:
             travelling = e = self._retrieve_recv_grads(bwd_chunk_id)[0]  # torch's buffer for a gradient from above
-        self._waiting[bwd_chunk_id] = (cut, e)
+        self._waiting[bwd_chunk_id] = (cut, inputs, e)
         self.bwd_cache[bwd_chunk_id] = (travelling,)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
@@ -184,5 +215,9 @@ class FeedbackStage(PipelineStage):
             super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
             return
         assert self.feedback is not None
-        cut, e = self._waiting.pop(bwd_chunk_id)
-        torch.autograd.backward(list(cut.values()), self.feedback.deltas(list(cut), e, bwd_chunk_id))
+        cut, inputs, e = self._waiting.pop(bwd_chunk_id)
+        deltas = self.feedback.deltas(list(cut), e, bwd_chunk_id)
+        if cut:  # nothing is trained in a stage without
+            torch.autograd.backward(list(cut.values()), list(deltas.values()))
+        if inputs:
+            self.feedback.observe(inputs, deltas, e, bwd_chunk_id)

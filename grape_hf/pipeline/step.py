@@ -20,8 +20,9 @@ from grape_hf.engine.drift import DriftGuard
 from grape_hf.engine.state import FEEDBACK_NAME, STATE_NAME
 from grape_hf.pipeline import micro_batches, schedules
 from grape_hf.pipeline.cuts import given_cuts
-from grape_hf.pipeline.feedback import StageFeedback
+from grape_hf.pipeline.feedback import StageFeedback, stage_feedback
 from grape_hf.pipeline.look import Extent, look
+from grape_hf.pipeline.measures import StageMeasures
 from grape_hf.pipeline.places import Places
 from grape_hf.pipeline.refusals import refuse, refused_model, refused_options
 from grape_hf.pipeline.split import StageModel
@@ -47,7 +48,7 @@ class Pipeline:
         split: this stage of the model, once it is divided.
         calibration: says which steps are calibration steps; made when a training begins.
         calibrating: whether the step under way is one.
-        metrics: what is logged of the feedback.
+        metrics: what is logged of the feedback; of alignments since ``share_metrics``.
     """
 
     def __init__(self, places: Places, options: GrapeArgumentsMixin, seed: int, device: torch.device) -> None:
@@ -77,28 +78,32 @@ class Pipeline:
         seen = look(model, chain, autocast())
         points = [end - 1 for end in cuts[1:-1]] if options.feedback_points else list(range(len(chain) - 1))
         self.split = StageModel(model, chain, seen, cuts, places.stage)
-        star = options.method != "bp"
-        own = [point for point in points if star and point in self.split.blocks]
-        self.feedback = self._feedback(points, own) if star else None
+        self._points = points
+        self.feedback = self._new_feedback() if options.method != "bp" else None
         # All stages refuse together: one that went on alone would wait for the others.
         if differing := next(filter(None, places.together(self.split.differs(autocast()))), None):
             raise ValueError(differing)
+        self.measures = StageMeasures(places, self.split, self.feedback, options) if self.feedback else None
+        own = [] if self.feedback is None else self.feedback.own
         self.module = StageModule(self.split, places, self.device, own)
         self._schedules = schedules.Schedules(self._schedule)
 
-    def _feedback(self, points: list[int], own: list[int]) -> StageFeedback:
-        h = self.split.seen.h
-        if any(made.ndim != 3 or made.shape[1:] != h[-1].shape[1:] for made in h):
-            shapes = sorted({tuple(made.shape[1:]) for made in h})
-            raise ValueError(
-                f'method="{self.options.method}" with pipeline_stages expects that all blocks return (batch, '
-                f'positions, n) of one size, found {shapes}. Use method="bp" over stages, or pipeline_stages=1.'
-            )
-        chosen = self.options.feedback_init
-        init = "identity" if chosen is None or chosen == "auto" else chosen
-        dtype = torch.promote_types(h[-1].dtype, torch.float32)
-        names = {point: self.split.chain_names[point] for point in points}
-        return StageFeedback(names, own, init, h[-1].shape[-1], self.seed, dtype, self.device)
+    def begin_training(self, steps_per_epoch: int | None) -> None:
+        """Begin with feedback as it starts, and a calibration schedule; to be called by all stages.
+
+        Args:
+            steps_per_epoch: optimiser steps in an epoch, None where unknown.
+        """
+        self.calibration = calibration_schedule(self.options, self.seed, steps_per_epoch)
+        self._step, self.metrics = None, {}
+        if self.feedback is not None:
+            self.feedback.settle()  # of an earlier training
+            self.feedback = self._new_feedback()
+            self.measures = StageMeasures(self.places, self.split, self.feedback, self.options)
+            self._schedules = schedules.Schedules(self._schedule)
+
+    def _new_feedback(self) -> StageFeedback:
+        return stage_feedback(self.options, self.split, self._points, self.seed, self.places, self.device)
 
     def _schedule(self, extent: Extent, number: int, kind: schedules.Kind) -> Any:
         stage = FeedbackStage(self.module, extent, kind == "star", self.feedback)
@@ -106,13 +111,37 @@ class Pipeline:
 
     def begin_step(self, step: int) -> None:
         """Decide, once for each optimiser step, whether it is ordinary backpropagation; all stages decide alike."""
-        if self._step != step and self.feedback is not None:
-            self._step, self.calibrating = step, self.calibration.due(step)
-            if self.calibrating:
-                self.calibration.taken(step)
-                self.metrics["calibration/last_step"] = step + 1
-            self.metrics["calibration/steps"] = self.calibration.count
-            self.metrics["calibration/share"] = self.calibration.count / (step + 1)
+        feedback = self.feedback
+        if self._step == step or feedback is None:
+            return
+        self._step, self.calibrating = step, self.calibration.due(step)
+        if self.calibrating:
+            feedback.settle()
+            self.calibration.taken(step)
+            self.metrics["calibration/last_step"] = step + 1
+        self.metrics["calibration/steps"] = self.calibration.count
+        self.metrics["calibration/share"] = self.calibration.count / (step + 1)
+        due = feedback.maps is not None and step % (self.options.jvp_steps or 1) == 0
+        self.module.learning, self.module.recording = due and not self.calibrating, self.calibrating
+        if feedback.maps is not None:
+            feedback.maps.begin()
+
+    def finish_step(self) -> None:
+        """Have the maps learn, or put together what a step of calibration has shown; by all stages."""
+        if self.feedback is None:
+            return
+        if self.module.learning:
+            assert self.feedback.maps is not None
+            self.feedback.maps.refine()
+            if self.places.is_last:
+                self.feedback.settle()  # nothing is to be waited for
+        if self.measures is not None:
+            self.measures.finish()
+
+    def share_metrics(self) -> None:
+        """Put the alignments of all stages into ``metrics``; by all, when there is something to log."""
+        if self.measures is not None:
+            self.metrics = self.measures.share(self.metrics)
 
     def run(
         self,
@@ -162,8 +191,11 @@ class Pipeline:
         try:
             schedule = self._schedules.get(extent, len(parts), self._kind(train))
             schedules.run(schedule, self.places.is_last, train)
+            if train and self.module.recording:
+                assert self.measures is not None
+                self.measures.note_chain(self.module.exact, extent, len(parts))
         finally:
-            self.module.loss = None
+            self.module.loss, self.module.exact = None, {}
         return self._loss(losses, train), self._outputs(outputs) if wanted is not None else None
 
     def _kind(self, train: bool) -> schedules.Kind:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
-from grape_hf.engine.calibration import calibration_schedule
 from grape_hf.pipeline import checkpoints
 from grape_hf.pipeline.accelerator import PipelineAccelerator, show_replicas
 from grape_hf.pipeline.failures import named_failures
@@ -113,11 +112,10 @@ class PipelineMixin(_Base):
     # A step
 
     def set_initial_training_values(self, args: Any, dataloader: Any, *rest: Any) -> Any:
-        """Make the calibration schedule, which may need the length of an epoch."""
+        """Begin with fresh feedback, and a calibration schedule, which may need the length of an epoch."""
         values = super().set_initial_training_values(args, dataloader, *rest)
         if self._pipeline is not None:
-            steps = values[1] if has_length(dataloader) else None
-            self._pipeline.calibration = calibration_schedule(self._pipeline.options, self.args.seed, steps)
+            self._pipeline.begin_training(values[1] if has_length(dataloader) else None)
         return values
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -127,6 +125,7 @@ class PipelineMixin(_Base):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self._pipeline is not None and self.accelerator.sync_gradients:
             self._pipeline.reduce_gradients()
+            self._pipeline.finish_step()
         return loss
 
     def _loss_of_batch(
@@ -200,6 +199,7 @@ class PipelineMixin(_Base):
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._pipeline is not None and self.control.should_log:
             self._pipeline.share_loss(tr_loss)
+            self._pipeline.share_metrics()
             self.accelerator.finish_norm()
         return super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 

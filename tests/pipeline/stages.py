@@ -26,6 +26,19 @@ def gpt2(tied: bool = True, dropout: float = 0.0) -> Any:
     return decoder("gpt2", tie_word_embeddings=tied, **drops)
 
 
+def frozen(blocks: int) -> Any:
+    """A decoder that is trained from some block on."""
+
+    def build() -> torch.nn.Module:
+        model = gpt2(tied=False)()
+        inner = model.transformer
+        for module in (inner.wte, inner.wpe, *inner.h[:blocks]):
+            module.requires_grad_(False)
+        return model
+
+    return build
+
+
 def bert() -> torch.nn.Module:
     config = AutoConfig.for_model(
         "bert",
@@ -75,6 +88,8 @@ PROBLEMS = {
     for problem in (
         problems.Problem("gpt2-tied", gpt2(), problems.text),
         problems.Problem("gpt2-untied", gpt2(tied=False), problems.padded_text),
+        problems.Problem("gpt2-frozen", frozen(2), problems.text),
+        problems.Problem("gpt2-partly-frozen", frozen(1), problems.text),
         problems.Problem("gpt2-dropout", gpt2(dropout=0.1), problems.text),
         problems.Problem("llama-tied", decoder("llama", tie_word_embeddings=True), problems.padded_text),
         problems.Problem("llama-untied", decoder("llama"), problems.text),
@@ -142,6 +157,7 @@ def train(
     dtype: torch.dtype = torch.float64,
     resume: str | None = None,
     stream: bool = False,
+    trainings: int = 1,
     more: dict[str, Any] | None = None,
     **options: Any,
 ) -> Trained:
@@ -162,7 +178,8 @@ def train(
     more |= {"eval_dataset": samples[40:]}
     more |= {"train_dataset": Stream(samples[:36])} if stream else {"train_dataset": samples[:36]}
     made = make_trainer(PROBLEMS[problem], folder, trainer, dtype=dtype, more=more, **(usual | options))
-    made.train(resume_from_checkpoint=resume)
+    for _ in range(trainings):
+        made.train(resume_from_checkpoint=resume)
     unlabelled = [{name: value for name, value in sample.items() if name != "labels"} for sample in samples[43:]]
     predictions = np.concatenate([made.predict(data).predictions for data in (samples[43:], unlabelled)])
     made.save_model(str(folder / "final"))

@@ -66,7 +66,7 @@ def test_as_many_schedules_stay_as_are_kept():
     assert [shape for shape, *_ in made] == [*range(10), 0]
 
 
-def watched(folder: Path) -> list[tuple[str, int, float]]:
+def watched(folder: Path, method: dict[str, Any]) -> list[tuple[str, int, float]]:
     """Train two steps over three stages, of which the middle one is slow in its backwards; say what began when."""
     events: list[tuple[str, int, float]] = []
 
@@ -81,7 +81,7 @@ def watched(folder: Path) -> list[tuple[str, int, float]]:
 
     usual, step.FeedbackStage = step.FeedbackStage, Slow
     try:
-        options = {"method": "dfa", "pipeline_stages": 3, "pipeline_microbatches": 2, "max_steps": 1, "ddp_timeout": 30}
+        options = method | {"pipeline_stages": 3, "pipeline_microbatches": 2, "max_steps": 1, "ddp_timeout": 30}
         more = {"callbacks": [OnEvent("step_begin", lambda state, **_: events.clear())]}
         make_trainer(stages.PROBLEMS["gpt2-untied"], folder, more=more, **options).train()
     finally:
@@ -89,7 +89,8 @@ def watched(folder: Path) -> list[tuple[str, int, float]]:
     return events
 
 
-def test_the_first_stage_does_not_wait_for_a_slow_one_in_the_middle(processes, tmp_path):
-    first, middle, last = processes.run_on(3, watched, tmp_path)
+@pytest.mark.parametrize("method", [{"method": "dfa"}, {"method": "grape", "feedback_rule": "local"}])
+def test_the_first_stage_does_not_wait_for_a_slow_one_in_the_middle(method, processes, tmp_path):
+    first, middle, last = processes.run_on(3, watched, tmp_path, method)
     assert [number for _, number, _ in first] == [0, 1]
     assert max(when for *_, when in first + last) < min(when for *_, when in middle)

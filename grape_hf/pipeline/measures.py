@@ -1,0 +1,100 @@
+"""How well the feedback of all stages is aligned: figures of a log, put together from what each stage has measured.
+
+As in one process (``engine/measures.py``): cos(B_l e, delta_l) by the ordinary backwards of calibration steps, and the
+cosine of what a map predicts with what its block has computed, in every step in which maps learn.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grape_hf.core.alignment import delta_alignment
+from grape_hf.core.finite import FiniteGuard
+from grape_hf.engine.ranks import Ranks
+from grape_hf.pipeline.feedback import StageFeedback
+from grape_hf.pipeline.look import Extent
+from grape_hf.pipeline.places import Places
+from grape_hf.pipeline.split import StageModel
+from grape_hf.training_args import GrapeArgumentsMixin
+
+
+class StageMeasures:
+    """What one stage measures.
+
+    Args:
+        places: of this process.
+        split: this stage of the model.
+        feedback: of this stage.
+        options: GrAPE's.
+    """
+
+    def __init__(
+        self, places: Places, split: StageModel, feedback: StageFeedback, options: GrapeArgumentsMixin
+    ) -> None:
+        self.places, self.split, self.feedback = places, split, feedback
+        self._guard = FiniteGuard(options.max_skipped_refinements)  # only to say what was skipped
+        self._products: Tensor | None = None  # of the step under way
+        self._exact: Tensor | None = None  # cosines that were not logged yet
+
+    @torch.no_grad()
+    def note_chain(self, exact: Mapping[tuple[int, int], Tensor], extent: Extent, number: int) -> None:
+        """Note what the ordinary backwards of a batch have shown; by all stages, as e is sent to all of them.
+
+        Args:
+            exact: by point and micro-batch, the gradient there; at the last block of the model that is e.
+            extent: of each micro-batch.
+            number: of micro-batches.
+        """
+        seen, last = self.split.seen, len(self.split.seen.h) - 1
+        for m in range(number):
+            if self.places.is_last:
+                e = self.feedback.spread(exact[last, m], m).contiguous()
+            else:
+                e = torch.empty(
+                    self.split.shape_after(last, extent), dtype=seen.h[last].dtype, device=self.feedback.device
+                )
+            dist.broadcast(e, src=self.places.last, group=self.places.pipe)
+            own = {point: delta for (point, of), delta in exact.items() if of == m}
+            found = self.feedback.products(e, own)
+            self._products = found if self._products is None else self._products + found
+
+    def finish(self) -> None:
+        """Turn the sums of an optimiser step, over replicas, into cosines."""
+        if self._products is not None:
+            (products,) = Ranks(self.places.replicas, self.places.across).total([self._products])
+            self._exact, self._products = delta_alignment(products), None
+
+    def share(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return figures with the alignments of all stages among them; by all, on the host.
+
+        Args:
+            metrics: the figures of the last log; an exact alignment among them is not repeated.
+
+        Raises:
+            FloatingPointError: if too many refinements in a row were skipped (``max_skipped_refinements``).
+        """
+        maps, points = self.feedback.maps, list(self.feedback.names)
+        mine: dict[str, Any] = {"exact": _by_point(self.feedback.own, self._exact)}
+        if maps is not None:
+            mine["estimate"] = _by_point(maps.points, maps.alignment)
+            mine["skipped"] = {name: float(value) for name, value in maps.guard.metrics().items()}
+        of_stages, self._exact = self.places.together(mine), None
+        shared = {name: value for name, value in metrics.items() if not name.startswith("alignment/exact")}
+        for kind in ("estimate", "exact"):
+            found = {point: value for stage in of_stages for point, value in stage.get(kind, {}).items()}
+            if found:
+                values = [found[point] for point in points]
+                shared[f"alignment/{kind}/mean"] = float(torch.tensor(values).nanmean())
+                shared |= {f"alignment/{kind}/h_{i}": value for i, value in enumerate(values, 1)}
+        for skipped in (stage.get("skipped", {}) for stage in of_stages):
+            shared |= {name: max(value, shared.get(name, 0.0)) for name, value in skipped.items()}
+        self._guard.check(shared)
+        return shared
+
+
+def _by_point(points: Sequence[int], values: Tensor | None) -> dict[int, float]:
+    """Return numbers by their points; none if there are none."""
+    return {} if values is None else dict(zip(points, values.tolist(), strict=True))
