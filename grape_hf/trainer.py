@@ -30,6 +30,7 @@ from grape_hf.pipeline.trainer import PipelineMixin
 from grape_hf.reports.card_mixin import CardMixin
 from grape_hf.reports.log_names import log_names
 from grape_hf.reports.progress import ProgressFigures
+from grape_hf.training_args import GrapeArgumentsMixin
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
         self._engine: Engine | None = None
         self._steps_per_epoch: int | None = None
         self._micro_batch = (-1, 0)  # optimiser step, number within it
-        self.grape_options = options_for(self.model, self.args)
+        self.grape_options = self._options_for_model()
         refuse_settings(self, self.grape_options)
         if self.grape_options.method != "bp":
             self._engine = self._new_engine()  # refuses now what it can
@@ -60,7 +61,8 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
                     f"{type(self.model).__name__} has a single block and so no feedback point: "
                     f'method="{self.grape_options.method}" is ordinary backpropagation here.'
                 )
-            self.add_callback(ProgressFigures(self.callback_handler.callbacks))  # after the bar that it writes on
+            # After the bar that it writes on.
+            self.add_callback(ProgressFigures(self.callback_handler.callbacks, lambda: self.grape_options))
 
     @property
     def feedback(self) -> list[Tensor]:
@@ -114,6 +116,10 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
         """The run of the star, if that is the engine."""
         return self._engine.run if isinstance(self._engine, StarEngine) else None
 
+    def _options_for_model(self) -> GrapeArgumentsMixin:
+        """Return GrAPE's options with the values for this model; of a stage, for the whole that it was taken from."""
+        return options_for(self.model, self.args) if self._pipeline is None else self._pipeline.options
+
     def _new_engine(self) -> Engine | None:
         """Make what takes the steps of this training; stages have a star of their own."""
         if self._pipeline is not None:
@@ -126,7 +132,7 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Entered once per train(), and again by auto_find_batch_size: each time a fresh run, with the options that the
         # arguments hold now (a hyperparameter search changes them).
-        self._engine, self._resumed_from, self.grape_options = None, None, options_for(self.model, self.args)
+        self._engine, self._resumed_from, self.grape_options = None, None, self._options_for_model()
         self._micro_batch = (-1, 0)
         training = [(module, module.training) for module in self.model.modules()]
         try:

@@ -23,6 +23,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from hub_server import TOKEN, HubServer
 from PIL import Image as Picture
+from safetensors.torch import load
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from grape_hf import GrapeTrainer
@@ -217,6 +218,8 @@ WORDS = (
     "--preprocessing_workers 1"
 )
 IMAGES = f"recipes/image_classification.py {QUIET} --architecture mnist_cnn --per_device_train_batch_size 16"
+LAUNCH = "-m accelerate.commands.launch --main_process_port 0 --config_file recipes/accelerate/pipeline.yaml"
+OVER_STAGES = "--pipeline_stages 2 --feedback_rule local --alignment_steps 1"
 PUSH = "--push_to_hub --hub_private_repo true --hub_model_id"
 
 
@@ -272,6 +275,7 @@ class Recipes:
         self.printed = self._together(
             words=(full.url, f"{WORDS} {PUSH} someone/words --save_steps 1"),
             images=(full.url, f"{IMAGES} {PUSH} someone/images --method bp --max_steps 2"),
+            stages=(full.url, f"{LAUNCH} {WORDS} {OVER_STAGES} {PUSH} someone/stages --save_steps 1"),
         ) | self._together(sample=(empty.url, f"{WORDS} {PUSH} someone/sample --save_strategy no"))
 
     def _together(self, **runs: tuple[str, str]) -> dict[str, str]:
@@ -312,6 +316,20 @@ class TestRecipes:
         summaries = [commit.summary for commit in words.commits]
         assert (summaries[1], summaries[-1]) == ("Training in progress, step 1", "End of training")
         assert "Model save" not in summaries
+
+    def test_a_model_over_stages_goes_there_whole_and_once(self, recipes: Recipes):
+        stages, words = (recipes.full.model(f"someone/{name}") for name in ("stages", "words"))
+        assert stages.files.keys() == words.files.keys()
+        summaries = [commit.summary for commit in stages.commits]
+        assert summaries[-1] == "End of training"
+        assert len(set(summaries)) == len(summaries)
+        whole = load(words.files["model.safetensors"].content).keys()
+        pushed = [c.files["model.safetensors"] for c in stages.commits if "model.safetensors" in c.files]
+        assert pushed
+        assert all(load(file.content).keys() == whole for file in pushed)
+        card = stages.files["README.md"].content.decode()
+        assert "| `pipeline_stages` | `2` | `1` |" in card
+        assert "| h_2 |" in card
 
     def test_images_come_from_the_hub_and_the_stock_card_says_what_the_network_needs(self, recipes: Recipes):
         found = recipes.results("images")

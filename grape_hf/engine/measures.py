@@ -27,7 +27,7 @@ from grape_hf.engine.drift import DriftGuard
 from grape_hf.engine.ranks import Ranks
 from grape_hf.training_args import GrapeArgumentsMixin
 
-_FRESH = ("alignment/exact", "weight_gradient")  # logged once, when they were measured
+FRESH = ("alignment/exact", "weight_gradient")  # logged once, when they were measured
 
 
 class Measures:
@@ -140,7 +140,7 @@ class Measures:
         tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
         values = torch.stack([t.float() for t in tensors.values()]).tolist() if tensors else []
         read = {name: value for name, value in metrics.items() if not isinstance(value, Tensor)}
-        self.metrics = {name: value for name, value in self.metrics.items() if not name.startswith(_FRESH)}
+        self.metrics = {name: value for name, value in self.metrics.items() if not name.startswith(FRESH)}
         read |= dict(zip(tensors, values, strict=True))
         feedback.guard.check(read)
         return read

@@ -5,6 +5,8 @@ own part. What differs between stages is the state of the random number generato
 in folders of their own, and are found again at the same number of stages.
 """
 
+import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grape_hf.core.finite import FiniteGuard
+from grape_hf.engine.calibration import CalibrationSchedule
+from grape_hf.engine.drift import DriftGuard
+from grape_hf.engine.state import FEEDBACK_NAME, STATE_NAME
+from grape_hf.pipeline.feedback import StageFeedback
 from grape_hf.pipeline.places import Places
 from grape_hf.pipeline.split import StageModel
+
+logger = logging.getLogger(__name__)
 
 
 def whole_state_dict(split: StageModel, places: Places) -> dict[str, Tensor] | None:
@@ -105,6 +114,55 @@ class OptimizerStates:
                     state[number] = whole["state"][place[name]]
             groups.append({**saved, "params": settings["params"]})
         return {"state": state, "param_groups": groups}
+
+
+def save_feedback(
+    folder: Path, feedback: StageFeedback | None, calibration: CalibrationSchedule, seed: int, places: Places
+) -> None:
+    """Write B_l and the calibration schedule into a checkpoint, as one process would; to be called by all.
+
+    Args:
+        folder: the checkpoint.
+        feedback: of this stage; None for backpropagation, which has none.
+        calibration: the schedule.
+        seed: of the run.
+        places: of this process.
+    """
+    if feedback is None:
+        return
+    read_at = places.from_last(feedback.read_at)
+    feedback.save(folder / FEEDBACK_NAME, places)
+    if places.is_first and places.replica == 0:
+        state = {
+            "schedule": calibration.state_dict(),
+            "jvp_mode": None,
+            "seed": seed,
+            "read_at": read_at,
+            "skipped": FiniteGuard().state_dict(),
+            "drift": DriftGuard("no", 0.0, 1, []).state_dict(),
+        }
+        (folder / STATE_NAME).write_text(json.dumps(state, indent=2))
+
+
+def load_feedback(folder: Path, feedback: StageFeedback | None, calibration: CalibrationSchedule) -> None:
+    """Read them back, if the checkpoint has them.
+
+    Args:
+        folder: the checkpoint.
+        feedback: as above.
+        calibration: as above.
+    """
+    if feedback is None:
+        return
+    if not (folder / FEEDBACK_NAME).exists():
+        logger.warning(
+            f"GrAPE: no feedback matrices in {folder}, which is of a stock Trainer or of another method. B_l and "
+            "the calibration schedule start afresh."
+        )
+        return
+    state = json.loads((folder / STATE_NAME).read_text())
+    feedback.load(folder / FEEDBACK_NAME, state["read_at"])
+    calibration.load_state_dict(state["schedule"])
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """How well the feedback of all stages is aligned: figures of a log, put together from what each stage has measured.
 
-As in one process (``engine/measures.py``): cos(B_l e, delta_l) by the ordinary backwards of calibration steps, and the
-cosine of what a map predicts with what its block has computed, in every step in which maps learn.
+As in one process (``engine/measures.py``): cos(B_l e, delta_l) by the ordinary backwards of calibration steps, and of
+``alignment_steps``, which compare the gradients of weights too; and the cosine of what a map predicts with what its
+block has computed, in every step in which maps learn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grape_hf.core.alignment import delta_alignment
+from grape_hf.core.alignment import add_pairs, delta_alignment, pair_products, size_ratio
 from grape_hf.core.finite import FiniteGuard
+from grape_hf.engine.measures import FRESH
 from grape_hf.engine.ranks import Ranks
 from grape_hf.pipeline.feedback import StageFeedback
 from grape_hf.pipeline.look import Extent
 from grape_hf.pipeline.places import Places
+from grape_hf.pipeline.replay import Replay
 from grape_hf.pipeline.split import StageModel
 from grape_hf.training_args import GrapeArgumentsMixin
 
@@ -37,7 +40,8 @@ class StageMeasures:
         self.places, self.split, self.feedback = places, split, feedback
         self._guard = FiniteGuard(options.max_skipped_refinements)  # only to say what was skipped
         self._products: Tensor | None = None  # of the step under way
-        self._exact: Tensor | None = None  # cosines that were not logged yet
+        self._weights: list[list[tuple[Tensor, Tensor]]] = []
+        self._fresh: dict[str, Tensor] = {}  # figures of this stage's points that were not logged yet
 
     @torch.no_grad()
     def note_chain(self, exact: Mapping[tuple[int, int], Tensor], extent: Extent, number: int) -> None:
@@ -61,11 +65,28 @@ class StageMeasures:
             found = self.feedback.products(e, own)
             self._products = found if self._products is None else self._products + found
 
+    def note_weights(self, replay: Replay) -> None:
+        """Note the gradients of weights before each point of this stage: by the star, and exactly."""
+        pairs = []
+        for point in self.feedback.own:
+            trained = [p for p in self.split.blocks[point].parameters() if p.requires_grad]
+            zeros = [torch.zeros_like(p) for p in trained]
+            pairs.append([(replay.star.get(p, z), replay.exact.get(p, z)) for p, z in zip(trained, zeros, strict=True)])
+        earlier = self._weights or [[] for _ in pairs]
+        self._weights = [add_pairs(a, b) for a, b in zip(earlier, pairs, strict=True)]
+
     def finish(self) -> None:
-        """Turn the sums of an optimiser step, over replicas, into cosines."""
+        """Turn the sums of an optimiser step, over replicas, into figures."""
+        ranks = Ranks(self.places.replicas, self.places.across)
         if self._products is not None:
-            (products,) = Ranks(self.places.replicas, self.places.across).total([self._products])
-            self._exact, self._products = delta_alignment(products), None
+            self._fresh["alignment/exact"] = delta_alignment(*ranks.total([self._products]))
+            self._products = None
+        if self._weights:
+            totals = iter(ranks.total([t for pairs in self._weights for pair in pairs for t in pair]))
+            products = pair_products([[(next(totals), next(totals)) for _ in pairs] for pairs in self._weights])
+            self._fresh["weight_gradient/cosine"] = delta_alignment(products)
+            self._fresh["weight_gradient/size"] = size_ratio(products)
+            self._weights = []
 
     def share(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return figures with the alignments of all stages among them; by all, on the host.
@@ -77,18 +98,18 @@ class StageMeasures:
             FloatingPointError: if too many refinements in a row were skipped (``max_skipped_refinements``).
         """
         maps, points = self.feedback.maps, list(self.feedback.names)
-        mine: dict[str, Any] = {"exact": _by_point(self.feedback.own, self._exact)}
+        mine: dict[str, Any] = {kind: _by_point(self.feedback.own, values) for kind, values in self._fresh.items()}
         if maps is not None:
-            mine["estimate"] = _by_point(maps.points, maps.alignment)
+            mine["alignment/estimate"] = _by_point(maps.points, maps.alignment)
             mine["skipped"] = {name: float(value) for name, value in maps.guard.metrics().items()}
-        of_stages, self._exact = self.places.together(mine), None
-        shared = {name: value for name, value in metrics.items() if not name.startswith("alignment/exact")}
-        for kind in ("estimate", "exact"):
+        of_stages, self._fresh = self.places.together(mine), {}
+        shared = {name: value for name, value in metrics.items() if not name.startswith(FRESH)}
+        for kind in ("alignment/exact", "weight_gradient/cosine", "weight_gradient/size", "alignment/estimate"):
             found = {point: value for stage in of_stages for point, value in stage.get(kind, {}).items()}
             if found:
                 values = [found[point] for point in points]
-                shared[f"alignment/{kind}/mean"] = float(torch.tensor(values).nanmean())
-                shared |= {f"alignment/{kind}/h_{i}": value for i, value in enumerate(values, 1)}
+                shared[f"{kind}/mean"] = float(torch.tensor(values).nanmean())
+                shared |= {f"{kind}/h_{i}": value for i, value in enumerate(values, 1)}
         for skipped in (stage.get("skipped", {}) for stage in of_stages):
             shared |= {name: max(value, shared.get(name, 0.0)) for name, value in skipped.items()}
         self._guard.check(shared)

@@ -64,11 +64,10 @@ def refused_options(options: GrapeArgumentsMixin, blocks: int) -> Iterator[Refus
         'calibration_strategy="adaptive"': options.calibration_strategy == "adaptive",
         "calibration_refit": bool(options.calibration_refit),
         "fallback": options.fallback != "no",
-        "alignment_steps": bool(options.alignment_steps),
     }
     for setting, is_set in settings.items():
         if is_set:
-            yield setting, "no stage has the error and the exact delta of one batch", "it without pipeline_stages"
+            yield setting, "it is not carried over to stages", "it without pipeline_stages"
     assert blocks >= stages
 
 

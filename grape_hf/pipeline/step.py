@@ -1,10 +1,7 @@
 """One batch through the pipeline: cut into micro-batches, run by a schedule, its losses put together."""
 
-import json
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +10,9 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import nested_concat
 
 from grape_hf.core.blocks import find_blocks
-from grape_hf.core.finite import FiniteGuard
 from grape_hf.core.isolation import isolated
 from grape_hf.engine.calibration import calibration_schedule
-from grape_hf.engine.drift import DriftGuard
-from grape_hf.engine.state import FEEDBACK_NAME, STATE_NAME
+from grape_hf.engine.points import options_for
 from grape_hf.pipeline import micro_batches, schedules
 from grape_hf.pipeline.cuts import given_cuts
 from grape_hf.pipeline.feedback import StageFeedback, stage_feedback
@@ -25,11 +20,10 @@ from grape_hf.pipeline.look import Extent, look
 from grape_hf.pipeline.measures import StageMeasures
 from grape_hf.pipeline.places import Places
 from grape_hf.pipeline.refusals import refuse, refused_model, refused_options
+from grape_hf.pipeline.replay import Replay
 from grape_hf.pipeline.split import StageModel
 from grape_hf.pipeline.stage import FeedbackStage, StageModule
 from grape_hf.training_args import GrapeArgumentsMixin
-
-logger = logging.getLogger(__name__)
 
 # Computes (loss, outputs) of a part of a batch, given the number of items that the loss is divided by.
 ComputeLoss = Callable[[dict[str, Any], Any], tuple[Tensor, Any]]
@@ -40,11 +34,12 @@ class Pipeline:
 
     Args:
         places: of this process.
-        options: GrAPE's.
+        options: GrAPE's, as given.
         seed: of a gaussian B_l.
         device: where this stage computes.
 
     Attributes:
+        options: with the values for this model, once it is divided.
         split: this stage of the model, once it is divided.
         calibration: says which steps are calibration steps; made when a training begins.
         calibrating: whether the step under way is one.
@@ -58,6 +53,7 @@ class Pipeline:
         self.calibrating = False
         self.metrics: dict[str, float] = {}
         self._step: int | None = None
+        self._measuring = False  # whether this star is compared with an ordinary backward
         self._sums: bool | None = None  # whether losses are sums divided by the number of items that is passed on
 
     def divide(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -71,7 +67,8 @@ class Pipeline:
             ValueError: if the model, or an option for it, does not go with stages.
         """
         refuse(refused_model(model))
-        options, places = self.options, self.places
+        options, places = options_for(model, self.options), self.places
+        self.options = options
         chain = find_blocks(model, options.blocks)
         cuts = given_cuts(options.pipeline_split, len(chain), places.stages)
         refuse(refused_options(options, len(chain)))
@@ -121,6 +118,8 @@ class Pipeline:
             self.metrics["calibration/last_step"] = step + 1
         self.metrics["calibration/steps"] = self.calibration.count
         self.metrics["calibration/share"] = self.calibration.count / (step + 1)
+        every = self.options.alignment_steps
+        self._measuring = bool(every) and not self.calibrating and step % every == 0
         due = feedback.maps is not None and step % (self.options.jvp_steps or 1) == 0
         self.module.learning, self.module.recording = due and not self.calibrating, self.calibrating
         if feedback.maps is not None:
@@ -188,22 +187,36 @@ class Pipeline:
         if self.feedback is not None:
             self.feedback.begin([part.get("attention_mask") for part in parts.parts])
         extent = Extent.of(parts.parts[0], self.split.seen.main_input)
-        try:
-            schedule = self._schedules.get(extent, len(parts), self._kind(train))
-            schedules.run(schedule, self.places.is_last, train)
+        chain: schedules.Kind = "1f1b" if self.options.pipeline_schedule == "auto" else self.options.pipeline_schedule
+        star = self.options.method != "bp" and not self.calibrating
+
+        def run(kind: schedules.Kind) -> None:
+            schedules.run(self._schedules.get(extent, len(parts), kind), self.places.is_last, train)
             if train and self.module.recording:
                 assert self.measures is not None
                 self.measures.note_chain(self.module.exact, extent, len(parts))
+
+        try:
+            if train and star and self._measuring:
+                self._compared(run, chain, losses)
+            else:
+                run("gpipe" if not train else "star" if star else chain)
         finally:
             self.module.loss, self.module.exact = None, {}
         return self._loss(losses, train), self._outputs(outputs) if wanted is not None else None
 
-    def _kind(self, train: bool) -> schedules.Kind:
-        if not train:
-            return "gpipe"
-        if self.options.method != "bp" and not self.calibrating:
-            return "star"
-        return "1f1b" if self.options.pipeline_schedule == "auto" else self.options.pipeline_schedule
+    def _compared(self, run: Callable[[schedules.Kind], None], chain: schedules.Kind, losses: list[Tensor]) -> None:
+        """Run a star, and beside it an ordinary schedule, of which nothing is left but what it has shown."""
+        assert self.measures is not None
+        replay = Replay(self.split.model, self.device)
+        run("star")
+        number = len(losses)
+        with replay.chain():
+            self.module.recording = True
+            run(chain)
+            self.module.recording = False
+        del losses[number:]
+        self.measures.note_weights(replay)
 
     def _adds_up(self, part: dict[str, Any], compute_loss: ComputeLoss, items: Any) -> bool:
         """Whether losses of micro-batches are sums over one number of items: half as large for twice as many.
@@ -262,34 +275,3 @@ class Pipeline:
         value = (loss.detach() if self.places.is_last else torch.zeros_like(loss)).cpu() / self.places.replicas
         dist.all_reduce(value, group=self.places.world)
         loss.copy_(value)
-
-    def save_feedback(self, folder: Path) -> None:
-        """Write B_l and the calibration schedule into a checkpoint, as one process would; to be called by all."""
-        if self.feedback is None:
-            return
-        read_at = self.places.from_last(self.feedback.read_at)
-        self.feedback.save(folder / FEEDBACK_NAME, self.places)
-        if self.places.is_first and self.places.replica == 0:
-            state = {
-                "schedule": self.calibration.state_dict(),
-                "jvp_mode": None,
-                "seed": self.seed,
-                "read_at": read_at,
-                "skipped": FiniteGuard().state_dict(),
-                "drift": DriftGuard("no", 0.0, 1, []).state_dict(),
-            }
-            (folder / STATE_NAME).write_text(json.dumps(state, indent=2))
-
-    def load_feedback(self, folder: Path) -> None:
-        """Read them back, if the checkpoint has them."""
-        if self.feedback is None:
-            return
-        if not (folder / FEEDBACK_NAME).exists():
-            logger.warning(
-                f"GrAPE: no feedback matrices in {folder}, which is of a stock Trainer or of another method. B_l and "
-                "the calibration schedule start afresh."
-            )
-            return
-        state = json.loads((folder / STATE_NAME).read_text())
-        self.feedback.load(folder / FEEDBACK_NAME, state["read_at"])
-        self.calibration.load_state_dict(state["schedule"])

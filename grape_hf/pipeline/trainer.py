@@ -17,7 +17,7 @@ from grape_hf.pipeline.accelerator import PipelineAccelerator, show_replicas
 from grape_hf.pipeline.failures import named_failures
 from grape_hf.pipeline.places import take_places
 from grape_hf.pipeline.refusals import refuse, refused_arguments
-from grape_hf.training_args import options_of, resolved
+from grape_hf.training_args import options_of
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base  # a mixin's methods may call what the Trainer beside it has
@@ -54,7 +54,7 @@ class PipelineMixin(_Base):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, take a place among the stages, and keep this stage of the model."""
-        options = resolved(options_of(self.args))
+        options = options_of(self.args)
         if options.pipeline_stages == 1:
             super().create_accelerator_and_postprocess()
             return
@@ -238,7 +238,10 @@ class PipelineMixin(_Base):
         whole = self._optimizer_states().whole()
         with nullcontext() if whole is None else checkpoints.replaced(self.optimizer, "state_dict", lambda: whole):
             super()._save_optimizer_and_scheduler(output_dir)
-        self._pipeline.save_feedback(Path(output_dir))
+        pipeline = self._pipeline
+        checkpoints.save_feedback(
+            Path(output_dir), pipeline.feedback, pipeline.calibration, self.args.seed, pipeline.places
+        )
         self._pipeline.places.wait()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -248,7 +251,7 @@ class PipelineMixin(_Base):
         states, load = self._optimizer_states(), self.optimizer.load_state_dict
         with checkpoints.replaced(self.optimizer, "load_state_dict", lambda whole: load(states.own_part(whole))):
             super()._load_optimizer_and_scheduler(checkpoint)
-        self._pipeline.load_feedback(Path(checkpoint))
+        checkpoints.load_feedback(Path(checkpoint), self._pipeline.feedback, self._pipeline.calibration)
 
     def _optimizer_states(self) -> checkpoints.OptimizerStates:
         pipeline = self._pipeline

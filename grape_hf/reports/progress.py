@@ -5,10 +5,9 @@ Trainer's progress bar, and in its table in notebooks. The Trainer's own callbac
 whatever is logged; with ``disable_tqdm`` there is neither, and no figures are shown here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -19,7 +18,6 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy
 
-from grape_hf.engine.points import options_for
 from grape_hf.reports.log_names import PRESET
 from grape_hf.training_args import BASELINES, GrapeArgumentsMixin, options_of
 
@@ -33,24 +31,20 @@ class ProgressFigures(TrainerCallback):
 
     Args:
         callbacks: the Trainer's callbacks, this one behind the one that it adds to.
+        options: returns GrAPE's options with the values for the model.
     """
 
-    def __init__(self, callbacks: Sequence[TrainerCallback]) -> None:
-        self._callbacks = callbacks
+    def __init__(self, callbacks: Sequence[TrainerCallback], options: Callable[[], GrapeArgumentsMixin]) -> None:
+        self._callbacks, self._options = callbacks, options
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say which settings ``auto`` has chosen, and note it in the log, where a model card finds it later."""
         given = options_of(args)
-        if model is None or given.grape_preset != "auto" or given.method in ("bp", *BASELINES):
+        if given.grape_preset != "auto" or given.method in ("bp", *BASELINES):
             return
-        options = options_for(model, args)
+        options = self._options()
         if not any(PRESET in entry for entry in state.log_history):  # as in a run that resumes
             state.log_history.insert(0, {PRESET: options.grape_preset, "step": 0})
         if state.is_world_process_zero:

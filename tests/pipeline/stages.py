@@ -158,6 +158,7 @@ def train(
     resume: str | None = None,
     stream: bool = False,
     trainings: int = 1,
+    by_init: bool = False,
     more: dict[str, Any] | None = None,
     **options: Any,
 ) -> Trained:
@@ -177,6 +178,8 @@ def train(
     samples = PROBLEMS[problem].samples(52, dtype)
     more |= {"eval_dataset": samples[40:]}
     more |= {"train_dataset": Stream(samples[:36])} if stream else {"train_dataset": samples[:36]}
+    if by_init:
+        more |= {"model_init": lambda: PROBLEMS[problem].model(dtype)}
     made = make_trainer(PROBLEMS[problem], folder, trainer, dtype=dtype, more=more, **(usual | options))
     for _ in range(trainings):
         made.train(resume_from_checkpoint=resume)

@@ -71,7 +71,6 @@ REFUSED: dict[str, tuple[dict[str, Any], Any]] = {
     "feedback_points=2": ({"method": "dfa", "feedback_points": 2}, GPT2),
     'feedback_space="logits"': ({"method": "dfa", "feedback_space": "logits"}, GPT2),
     "feedback_sharing='none'": ({"method": "dfa", "feedback_sharing": "none"}, GPT2),
-    "alignment_steps": ({"method": "dfa", "alignment_steps": 2}, GPT2),
     "feedback_sweeps=1": ({"method": "dfa", "feedback_sweeps": 1}, GPT2),
     'feedback_path="shortcut"': ({"method": "dfa", "feedback_path": "shortcut"}, GPT2),
     "calibration_refit": (
