@@ -5,9 +5,11 @@ the whole model; replicas train on different shares of each batch, as processes 
 """
 
 import datetime
-from dataclasses import dataclass
+import pickle
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -24,9 +26,11 @@ class Places:
         down: the same processes, for the maps' products: in a group of their own, as torch's schedules count on the
             order of messages in theirs.
         control: the same processes, for Python objects. It is always on the CPU.
+        batches: the same, for the batches that the first stage hands up.
         across: the processes of this stage, one a replica.
         ends: the first and the last stage of this replica.
         world: all processes, for objects and barriers, on the CPU.
+        on_their_way: what was handed up and may not have arrived, with the transfers.
     """
 
     stages: int
@@ -36,9 +40,11 @@ class Places:
     pipe: Any
     down: Any
     control: Any
+    batches: Any
     across: Any
     ends: Any
     world: Any
+    on_their_way: list[tuple[Any, torch.Tensor]] = field(default_factory=list)
 
     @property
     def is_first(self) -> bool:
@@ -68,6 +74,25 @@ class Places:
     def from_first(self, value: Any) -> Any:
         """Return what the first stage of this replica has; to be called by all its stages."""
         return self._shared(value, self.first)
+
+    def handed_up(self, value: Any) -> Any:
+        """Return what the first stage of this replica has, as ``from_first``, which does not wait for the others.
+
+        A collective, and gloo's own ``send``, would end when the receiver is there: when it is done with the batch
+        before. The first stage would start each batch that much later.
+        """
+        if not self.is_first:
+            size = torch.empty(1, dtype=torch.int64)
+            dist.recv(size, self.first, group=self.batches)
+            packed = torch.empty(int(size), dtype=torch.uint8)
+            dist.recv(packed, self.first, group=self.batches)
+            return pickle.loads(packed.numpy().tobytes())
+        self.on_their_way[:] = [(work, kept) for work, kept in self.on_their_way if not work.is_completed()]
+        packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        for rank in range(self.first + 1, self.last + 1):
+            for message in (torch.tensor([len(packed)]), packed):
+                self.on_their_way.append((dist.isend(message, rank, group=self.batches), message))
+        return value
 
     def from_last(self, value: Any) -> Any:
         """Return what the last stage of this replica has; to be called by all its stages."""
@@ -135,6 +160,7 @@ def take_places(stages: int, timeout: float) -> Places:
         pipe=own(pipes),
         down=own(pipes),
         control=own(pipes, "gloo"),
+        batches=own(pipes, "gloo"),
         across=own([list(range(s, world, stages)) for s in range(stages)]),
         ends=own([[pipe[0], pipe[-1]] for pipe in pipes]),
         world=own([list(range(world))], "gloo"),

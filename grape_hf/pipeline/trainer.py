@@ -107,7 +107,7 @@ class PipelineMixin(_Base):
             found = torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, found)
         else:
             found = [next(epoch_iterator, None) for _ in range(num_batches)]
-        return pipeline.places.from_first(found)
+        return pipeline.places.handed_up(found)
 
     # A step
 

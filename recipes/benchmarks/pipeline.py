@@ -9,7 +9,8 @@ stage is a process pinned to a core. All methods take turns: in each round every
 which the first two are left out, as they fill the pipeline. A time is that of the slowest process; what is stated is
 the median over rounds and the quartiles.
 
-- ``trainer ...``: under GrapeTrainer; ``bare ...``: the same schedule in a loop without the Trainer.
+- ``trainer ...``: under GrapeTrainer; ``bare ...``: the same schedule in a loop without it. ``star``: e goes to
+  all stages, B_l = I; ``star, local maps``: B_l is learned in every step.
 - ``interleaved``, ``zero-bubble``: torch's schedules with two chunks of blocks a process, without the Trainer. They
   want as many micro-batches as stages, or more.
 - ``delayed``: backpropagation whose lower stages use gradients of earlier batches and so wait for nothing. Activations
@@ -49,7 +50,12 @@ from grape_hf.pipeline.cuts import even_cuts
 from grape_hf.pipeline.step import Pipeline
 
 RESULTS = Path(__file__).parent / "results"
-KINDS: dict[str, Any] = {"gpipe": "bp", "1f1b": "bp", "star": "dfa"}
+KINDS: dict[str, dict[str, Any]] = {
+    "gpipe": {"method": "bp", "pipeline_schedule": "gpipe"},
+    "1f1b": {"method": "bp", "pipeline_schedule": "1f1b"},
+    "star": {"method": "dfa", "feedback_init": "identity"},
+    "star, local maps": {"method": "grape", "feedback_rule": "local", "jvp_steps": 1},
+}
 LEFT_OUT = 2  # batches at the beginning of a burst
 QUICK = {"layers": 4, "width": 64, "length": 32, "steps": 5, "rounds": 2, "micro_batches": [1, 2]}
 
@@ -115,7 +121,8 @@ def work(rank: int, setting: dict[str, Any], queue: Any) -> None:
                     continue  # it is GPipe then
                 trainer = make_trainer(setting, kind, micro_batches, scratch)
                 bursts[f"trainer {kind}", micro_batches] = under_the_trainer(trainer, setting)
-                bursts[f"bare {kind}", micro_batches] = bare(trainer, setting)
+                if kind != "star, local maps":  # maps learn between batches
+                    bursts[f"bare {kind}", micro_batches] = bare(trainer, setting)
             if micro_batches % setting["stages"] == 0 and setting["layers"] >= 2 * setting["stages"]:
                 bursts["interleaved", micro_batches] = in_chunks(ScheduleInterleaved1F1B, setting, micro_batches)
                 bursts["zero-bubble", micro_batches] = in_chunks(ScheduleInterleavedZeroBubble, setting, micro_batches)
@@ -165,12 +172,10 @@ def make_trainer(setting: dict[str, Any], kind: str, micro_batches: int, folder:
     """Make a Trainer over the stages."""
     args = GrapeTrainingArguments(
         folder,
-        method=KINDS[kind],
-        feedback_init="identity",  # heeded by the star alone
-        feedback_points=0 if kind != "star" else setting["stages"] - 1,
+        **KINDS[kind],
+        feedback_points=setting["stages"] - 1 if kind.startswith("star") else 0,
         pipeline_stages=setting["stages"],
         pipeline_microbatches=micro_batches,
-        pipeline_schedule=kind if kind in ("gpipe", "1f1b") else "auto",  # type: ignore[arg-type]
         max_steps=setting["steps"] + LEFT_OUT,
         per_device_train_batch_size=setting["batch"],
         max_grad_norm=0.0,
