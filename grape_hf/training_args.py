@@ -18,7 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feedback_space": "auto",
         "feedback_sharing": "auto",
         "feedback_init": "auto",
-        "feedback_rule": "lms",
+        "feedback_rule": "local",
         "feedback_path": "matrix",
         "feedback_lr": 0.02,
         "feedback_normalize": False,
@@ -57,9 +57,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["convnet"] = PRESETS["recommended"] | {
     "feedback_points": 1,
     "feedback_init": "zero",
+    "feedback_rule": "lms",
     "feedback_lr": 0.3,
     "jvp_fraction": 1.0,
 }
+
+# Whoever gives one of these options of an estimate, and no rule, gets a rule that makes one.
+_OF_ESTIMATES = ("jvp_mode", "jvp_scope", "jvp_passes", "jvp_fraction", "perturbation_space", "calibration_refit")
 
 # Methods without a star, a class each (``grape_hf/methods``).
 BASELINES = ("fa", "forward_gradient", "pepita")
@@ -208,7 +212,9 @@ class GrapeArgumentsMixin:
         "How B_l learns. From an estimate of the Jacobian: `lms`, from the part of the tangents that B_l did not "
         "predict, which has the least noise; `ema`, as a moving average of the estimates; `cosine`, by a gradient step "
         "on the cosine of each column with the estimate's (the paper). Without an estimate: `local`. Each block learns "
-        "a map of its own from its own backward, and B_l is the product of the maps above.",
+        "a map of its own from its own backward, and B_l is the product of the maps above. In place of `local`, a "
+        "preset stands for `lms` where you give an option of the estimate: jvp_mode, jvp_scope, jvp_passes, "
+        "jvp_fraction, perturbation_space, or calibration_refit. With feedback_path `shortcut` it stands for `local`.",
     )
     feedback_path: Literal["matrix", "shortcut"] | None = _option(
         "feedback_path",
@@ -246,7 +252,8 @@ class GrapeArgumentsMixin:
         "jvp_fraction", "Share of the global batch that an estimate is made on."
     )
     jvp_steps: Annotated[int | None, Range(int, 1)] = _option(
-        "jvp_steps", "Estimate and refine every so many optimiser steps."
+        "jvp_steps",
+        "B_l learns every so many optimiser steps: from an estimate, or with the rule `local` from backwards.",
     )
     perturbation_space: Literal["activation", "weight", "auto"] | None = _option(
         "perturbation_space",
@@ -422,8 +429,8 @@ class GrapeArgumentsMixin:
         if self.feedback_path == "shortcut" and not (self.method == "dfa" or self._by_local_rule):
             raise ValueError(
                 f'feedback_path="shortcut" leaves the rest to matrices that learn from backwards, or to none: expected '
-                f'feedback_rule="local" or method="dfa", got method={self.method!r} and '
-                f"feedback_rule={self.feedback_rule!r}."
+                f'feedback_rule="local" or method="dfa", got method={self.method!r}'
+                + (f" and feedback_rule={self.feedback_rule!r}." if self.method == "grape" else ".")
             )
         if self.jvp_scope == "block" and (self.method != "grape" or self.feedback_rule not in ("lms", "ema")):
             raise ValueError(
@@ -519,6 +526,12 @@ def resolved(options: GrapeArgumentsMixin, convolutional: bool = False) -> Grape
     implied = PRESETS[given["grape_preset"]] | METHOD_OPTIONS.get(options.method, {})
     if options.method == "dfa" and (options.feedback_path or implied["feedback_path"]) == "shortcut":
         implied["feedback_init"] = "zero"  # of what is added to the path
+    if implied["feedback_rule"] in ("local", "lms"):
+        asked = {name: given[name] for name in _OF_ESTIMATES if given[name] not in (None, False)}
+        if asked and asked != {"jvp_mode": "auto"}:
+            implied["feedback_rule"] = "lms"
+        elif options.method == "grape" and options.feedback_path == "shortcut":
+            implied["feedback_rule"] = "local"
     missing = {name: value for name, value in implied.items() if given[name] is None}
     return GrapeArgumentsMixin(**given | missing)
 

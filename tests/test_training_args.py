@@ -149,10 +149,30 @@ def test_presets_fill_in_what_is_not_given(preset, tmp_path):
     options = resolved(from_keywords(tmp_path, grape_preset=preset))
     assert {name: getattr(options, name) for name in PRESETS[preset]} == PRESETS[preset]
     assert not [name for name in FIELDS if getattr(options, name) is None and name not in UNSET]
-    given = resolved(from_keywords(tmp_path, grape_preset=preset, feedback_lr=0.5, perturbation_space="activation"))
+    given = resolved(from_keywords(tmp_path, grape_preset=preset, feedback_lr=0.5, calibration_interval=2.0))
     assert given.feedback_lr == 0.5
-    assert given.perturbation_space == "activation"
+    assert given.calibration_interval == 2.0
     assert given.feedback_rule == PRESETS[preset]["feedback_rule"]
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({}, "local"),
+        ({"jvp_steps": 2, "jvp_mode": "auto", "calibration_refit": False}, "local"),
+        ({"jvp_fraction": 0.5}, "lms"),
+        ({"jvp_mode": "dual"}, "lms"),
+        ({"jvp_scope": "block"}, "lms"),
+        ({"calibration_refit": True, "calibration_strategy": "steps"}, "lms"),
+        ({"jvp_fraction": 0.5, "feedback_rule": "local"}, "local"),
+        ({"grape_preset": "convnet"}, "lms"),
+        ({"grape_preset": "convnet", "feedback_path": "shortcut"}, "local"),
+        ({"grape_preset": "paper", "jvp_fraction": 0.5}, "cosine"),
+        ({"method": "fdfa", "jvp_fraction": 0.5}, "ema"),
+    ],
+)
+def test_an_option_of_the_estimate_asks_for_one(options, rule):
+    assert resolved(GrapeArgumentsMixin(**{"grape_preset": "recommended"} | options)).feedback_rule == rule
 
 
 def test_presets_agree_with_the_fields():

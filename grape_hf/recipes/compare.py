@@ -162,7 +162,7 @@ def write_report(config: Path, runs: Sequence[Run], results: Mapping[Path, dict[
         f"Settings of `{config.name}`, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}: every method "
         f"starts from the same weights and sees the same batches, for {results[runs[0].folder]['steps']:,} steps. The "
         "learning rate is as listed; it was not tuned here. Mean over the seeds and, of several, the range. Alignment: "
-        "the last mean cosine of B_l with the estimated Jacobian, or of B_l e with the exact delta.",
+        "the last mean cosine of the feedback with what it learns from, or of B_l e with the exact delta.",
         "",
         make_table(runs, results),
     ]

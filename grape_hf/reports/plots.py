@@ -34,7 +34,7 @@ _LABELS = {
     "eval_accuracy": "validation accuracy",
     "eval_perplexity": "validation perplexity per token",
     "eval_word_perplexity": "validation perplexity per word",
-    "estimate": "cos(B, estimated Jacobian)",
+    "estimate": "cosine with what the feedback learns from",
     "weights": "cos of weight gradients with the exact ones",
     "exact": "cos(B e, exact delta)",
 }

@@ -113,7 +113,7 @@ class TestInspect:
     def test_a_folder_with_a_configuration_is_enough(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         transformer("gpt2").config.save_pretrained(tmp_path)
         before = os.environ.copy(), verbosity()
-        assert main(["inspect", str(tmp_path), "--batch_size", "4", "--jvp_steps", "2"]) == 0
+        assert main(["inspect", str(tmp_path), "--batch_size", "4", "--jvp_steps", "2", "--feedback_rule", "lms"]) == 0
         assert (os.environ, verbosity()) == before  # a recipe in this process says what it has to say
         shown = capsys.readouterr().out
         assert "3 blocks, 2 feedback points" in shown
@@ -128,7 +128,7 @@ class TestInspect:
         transformer("gpt2").config.save_pretrained(tmp_path)
         assert main(["inspect", str(tmp_path), "--feedback_size_limit", limit]) == 0
         shown = capsys.readouterr().out
-        assert f"B_l together: 2.0 KiB (feedback_size_limit={float(limit):g} GiB)" in shown
+        assert f"B_l together: 4.0 KiB (feedback_size_limit={float(limit):g} GiB)" in shown
         assert ("training is refused" in shown) is refused
 
     @pytest.mark.parametrize(

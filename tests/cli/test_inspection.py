@@ -31,7 +31,7 @@ def look(model: Callable[[], nn.Module], length: int = POSITIONS, **options: Any
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"feedback_rule": "lms"},
         {"jvp_fraction": FRACTION, "jvp_passes": "per_block"},
         {"jvp_mode": "finite_difference"},
         {"method": "dfa", "feedback_init": "gaussian"},
@@ -82,7 +82,7 @@ def test_each_gradient_of_a_convolution_costs_its_forward_whatever_the_groups(co
 
 
 def test_memory_is_near_what_the_trainers_tensors_take_at_most(tmp_path):
-    found = look(DEEP.build, LONG)
+    found = look(DEEP.build, LONG, feedback_rule="lms")
     delta, matrices = 4 * BATCH * LONG * WIDTH, 4 * (DEPTH - 1) * WIDTH * WIDTH
     assert (found.memory["feedback"], found.memory["estimate"], found.memory["delta"]) == (matrices, matrices, delta)
     weights = 4 * sum(p.numel() for p in DEEP.model().parameters())
@@ -93,12 +93,13 @@ def test_memory_is_near_what_the_trainers_tensors_take_at_most(tmp_path):
 
 
 def test_boundaries_have_names_shapes_and_matrices():
-    found = look(lambda: transformer("gpt2"))
+    found = look(lambda: transformer("gpt2"), feedback_rule="lms")
     assert [b.block for b in found.boundaries] == [f"transformer.h.{i}" for i in range(3)]
     assert {b.h for b in found.boundaries} == {(BATCH, POSITIONS, WIDTH)}
     assert [b.B for b in found.boundaries] == [(WIDTH, WIDTH), (WIDTH, WIDTH), None]
     assert (found.space, found.n_y, found.jvp_mode) == ("hidden", WIDTH, "dual")
     assert found.samples == (BATCH, 1)
+    assert look(lambda: transformer("gpt2")).jvp_mode is None  # maps learn without
     logits = look(lambda: transformer("gpt2"), feedback_space="logits")
     assert (logits.space, logits.boundaries[0].B) == ("logits", (WIDTH, VOCABULARY))
 
@@ -146,8 +147,8 @@ class OneWay(Silent):
 
 
 def test_it_says_how_tangents_are_computed_and_why(caplog):
-    assert look(OneWay).jvp_mode == "finite_difference"
-    assert look(OneWay).jvp_reason == "an operator has no forward-mode rule"
+    assert look(OneWay, feedback_rule="lms").jvp_mode == "finite_difference"
+    assert look(OneWay, feedback_rule="lms").jvp_reason == "an operator has no forward-mode rule"
     assert look(OneWay, jvp_mode="finite_difference").jvp_reason == 'jvp_mode="finite_difference"'
     assert look(Silent, method="dfa").jvp_mode is None
 
