@@ -26,6 +26,8 @@ def describe(found: Inspection, name: str, batch: str) -> str:
     total, trained = found.parameters
     some = "" if total == trained else f", {_count(trained)} of them trained"
     points = len(found.boundaries) - 1
+    maps = options.method == "grape" and options.feedback_rule == "local"
+    together, size = "B_l and the maps together" if maps else "B_l together", found.memory["feedback"]
     lines = [
         f"{name}: {found.model}, {_count(total)} parameters{some}. Nothing was trained, no weights were read.",
         f"Batch: {batch}. Errors are measured in {found.space} space, {found.n_y:,} numbers.",
@@ -33,12 +35,12 @@ def describe(found: Inspection, name: str, batch: str) -> str:
         f"{points + 1} blocks, {points} feedback points",
         f"Settings: {found.preset}",
         *_table(found.boundaries),
-        f"B_l together: {_bytes(found.memory['feedback'])} (feedback_size_limit={options.feedback_size_limit:g} GiB)"
-        + (": training is refused" if found.memory["feedback"] > options.feedback_size_limit * 2**30 else ""),
+        f"{together}: {_bytes(size)} (feedback_size_limit={options.feedback_size_limit:g} GiB)"
+        + (": training is refused" if size > options.feedback_size_limit * 2**30 else ""),
         "",
         "Learning B_l",
     ]
-    if options.method == "grape" and options.feedback_rule == "local":
+    if maps:
         every = "step" if options.jvp_steps == 1 else f"{options.jvp_steps} steps"
         lines.append(f"  each block learns a map from its own backward, every {every}; no forward-mode derivatives")
     elif found.jvp_mode is None:

@@ -154,6 +154,8 @@ class Starts:
         matrices = self._map_shapes(boundaries, shapes)
         numbers = [rows * columns for rows, columns in matrices]
         size, limit = sum(numbers) * 4 / 2**30, self.options.feedback_size_limit
+        if self.by_block:  # B_l, and the maps
+            size += sum(h.shape[-1] * shapes.n_y for h in shapes.h) * 4 / 2**30
         if size <= limit:
             return
         largest = max(range(len(numbers)), key=numbers.__getitem__)

@@ -128,7 +128,7 @@ class TestInspect:
         transformer("gpt2").config.save_pretrained(tmp_path)
         assert main(["inspect", str(tmp_path), "--feedback_size_limit", limit]) == 0
         shown = capsys.readouterr().out
-        assert f"B_l together: 4.0 KiB (feedback_size_limit={float(limit):g} GiB)" in shown
+        assert f"B_l and the maps together: 4.0 KiB (feedback_size_limit={float(limit):g} GiB)" in shown
         assert ("training is refused" in shown) is refused
 
     @pytest.mark.parametrize(
