@@ -418,8 +418,8 @@ class GrapeArgumentsMixin:
             )
         if self.method in ESTIMATING and self.feedback_rule != "cosine" and (self.feedback_lr or 0.0) > 1:
             raise ValueError(
-                f"feedback_lr={self.feedback_lr}: expected at most 1 for feedback_rule={self.feedback_rule!r}, a "
-                "moving average, which a higher rate drives away from what it averages."
+                f"feedback_lr={self.feedback_lr}: expected at most 1 for feedback_rule={self.feedback_rule!r}, "
+                "which a higher rate drives away from what it learns."
             )
         if self._by_local_rule and self.calibration_refit:
             raise ValueError(

@@ -105,9 +105,13 @@ class Narrowing(PlainLanguageModel):
 NARROWING = Problem("narrowing", Narrowing, PLAIN.draw)
 
 
-def test_identity_needs_equal_sizes(tmp_path):
-    trainer = make_trainer(NARROWING, tmp_path, feedback_init="identity")
-    with refusal('feedback_init="identity"', "shortcut", "from blocks.0", 'Use feedback_init="gaussian"'):
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [("lms", ["shortcut", "from blocks.0"]), ("local", ["one size", "blocks.0 has 16 numbers", "has 8"])],
+)
+def test_identity_needs_equal_sizes(rule, said, tmp_path):
+    trainer = make_trainer(NARROWING, tmp_path, feedback_init="identity", feedback_rule=rule)
+    with refusal('feedback_init="identity"', *said, 'Use feedback_init="gaussian"'):
         trainer.train()
     untrained(trainer, NARROWING)
 
@@ -123,7 +127,7 @@ def test_a_refused_model_is_still_in_the_mode_that_it_came_in(tmp_path):
     trainer = make_trainer(GPT2, tmp_path, feedback_size_limit=1e-9)
     trainer.model.transformer.h.eval()
     before = [module.training for module in trainer.model.modules()]
-    with refusal("would take 1.91e-06 GiB, more than feedback_size_limit=1e-09", "at transformer.h.0, is 16 x 16"):
+    with refusal("would take 3.81e-06 GiB, more than feedback_size_limit=1e-09", "at transformer.h.0, is 16 x 16"):
         trainer.train()
     assert [module.training for module in trainer.model.modules()] == before
     untrained(trainer, GPT2)
@@ -317,7 +321,8 @@ def test_two_forwards_for_one_head(tmp_path):
         ({"perturbation_space": "weight"}, ["perturbation_space='weight'", "feedback_rule", "activation"]),
         ({"method": "dfa", "calibration_strategy": "adaptive"}, ["adaptive", "dfa", "alignment_steps"]),
         ({"blocks": ["a", "b"]}, ["blocks=['a', 'b']", "one string", "commas"]),
-        ({"feedback_lr": 1.5}, ["feedback_lr=1.5", "at most 1", "feedback_rule='lms'"]),
+        ({"feedback_lr": 1.5}, ["feedback_lr=1.5", "at most 1", "feedback_rule='local'"]),
+        ({"feedback_lr": 1.5, "jvp_fraction": 0.5}, ["feedback_lr=1.5", "at most 1", "feedback_rule='lms'"]),
         ({"feedback_lr": 1.5, "method": "fdfa"}, ["feedback_lr=1.5", "at most 1", "feedback_rule='ema'"]),
         ({"feedback_lr": float("inf")}, ["feedback_lr=inf", "at least 0 and finite"]),
         ({"jvp_steps": float("inf")}, ["jvp_steps=inf", "a whole number, at least 1 and finite"]),

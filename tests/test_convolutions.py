@@ -361,7 +361,7 @@ def test_timm_models_train(architecture, tmp_path):
     model = classifier(architecture, **options)
     trainer = GrapeTrainer(
         model,
-        arguments(tmp_path, max_steps=2, jvp_steps=1, alignment_steps=2, feedback_size_limit=4),
+        arguments(tmp_path, max_steps=2, jvp_steps=1, feedback_rule="lms", alignment_steps=2, feedback_size_limit=4),
         train_dataset=samples(options.get("img_size", 64)),
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -431,7 +431,9 @@ def test_a_shortcut_start_is_a_mean_over_samples(tmp_path):
 def test_matrices_above_the_limit_are_refused_before_training(tmp_path):
     model = classifier("resnet20_cifar")
     before = [p.detach().clone() for p in model.parameters()]
-    trainer = GrapeTrainer(model, arguments(tmp_path, feedback_size_limit=1e-4), train_dataset=samples(32))
+    trainer = GrapeTrainer(
+        model, arguments(tmp_path, feedback_size_limit=1e-4, feedback_rule="lms"), train_dataset=samples(32)
+    )
     with pytest.raises(ValueError, match=r"GiB, more than feedback_size_limit=0.0001.*16,384 x 3.*feedback_sharing"):
         trainer.train()
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))

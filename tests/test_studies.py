@@ -435,10 +435,11 @@ class TestReport:
 def test_our_studies_can_be_run(kind: type[Study], file: Path, tmp_path: Path):
     study = kind(file)
     for method in study.settings["methods"]:
+        rates_given = "learning_rates" in study.settings["methods"][method]
         given = study.options(method)
         trainer = given.pop("trainer", {})
         assert set(trainer) <= set(TRAINERS)
         GrapeTrainingArguments(
             str(tmp_path), **(study.settings["arguments"] | given | {"bf16": False, "eval_strategy": "steps"})
         )
-        assert study.settings.get("rates_from") or len(study.grid.choices(method)) >= 2
+        assert study.settings.get("rates_from") or rates_given or len(study.grid.choices(method)) >= 2

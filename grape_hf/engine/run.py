@@ -158,18 +158,20 @@ class GrapeRun:
     @property
     def estimating(self) -> bool:
         """Whether an estimate is to be made in this step."""
-        return self.options.feedback_rule != "local" and self._due
+        return self.options.feedback_rule != "local" and self._learns_at(0)
 
     @property
     def learning(self) -> bool:
         """Whether the maps of blocks learn from this step's own backward."""
-        return self.options.feedback_rule == "local" and self._due
+        # In the last of every jvp_steps: in others no block computes a gradient at its input, and what goes wrong
+        # there, such as reentrant checkpointing, is to be seen in the very first step of a run.
+        return self.options.feedback_rule == "local" and self._learns_at(-1)
 
-    @property
-    def _due(self) -> bool:
+    def _learns_at(self, place: int) -> bool:
+        every = self.options.jvp_steps or 1
         assert self.current_step is not None
         learned = self.options.method in ESTIMATING and not self.drift.everywhere
-        return learned and not self.calibrating and self.current_step % (self.options.jvp_steps or 1) == 0
+        return learned and not self.calibrating and (self.current_step - place) % every == 0
 
     @property
     def measuring(self) -> bool:

@@ -1,7 +1,7 @@
 """The first matrices of a run: what they start as, how large they may be, and which starts suit a model."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +53,7 @@ class Starts:
                 )
             init = "zero" if init in ("auto", "identity") else init
         square = space == "hidden" and all(h.shape[-1] == shapes.n_y for h in shapes.h)
-        if init == "identity" and pooled:
-            raise ValueError(
-                f'feedback_init="identity" is the Jacobian of the shortcut path, and none leads from '
-                f'{self.names[min(pooled)]}, a block of the encoder, to y. Use "auto", "gaussian" or "zero".'
-            )
+        self._refuse_identity(init, pooled)
         # No shortcut path leads out of an encoder: B_l starts from zero there if it is to learn.
         of_encoder: FeedbackInit | None = None
         if init == "auto":
@@ -87,6 +83,13 @@ class Starts:
             for kind, h in zip(inits, shapes.h, strict=True)
         ]
 
+    def _refuse_identity(self, init: str, pooled: Collection[int]) -> None:
+        if init == "identity" and pooled:
+            raise ValueError(
+                f'feedback_init="identity" is the Jacobian of the shortcut path, and none leads from '
+                f'{self.names[min(pooled)]}, a block of the encoder, to y. Use "auto", "gaussian" or "zero".'
+            )
+
     @property
     def by_block(self) -> bool:
         """Whether each block has a map of its own, and B_l is their product."""
@@ -102,10 +105,11 @@ class Starts:
             seed: of a gaussian start.
 
         Raises:
-            ValueError: if ``feedback_init="identity"`` and the sizes of two neighbours differ, or ``jvp_scope`` does
-                not suit the model.
+            ValueError: if ``feedback_init="identity"`` and the sizes of two neighbours differ or there is an encoder,
+                or ``jvp_scope`` does not suit the model.
         """
         self._refuse_scope(boundaries, shapes)
+        self._refuse_identity(self.options.feedback_init or "auto", boundaries.pooled)
         sources, generator = self._sources(boundaries, shapes), torch.Generator().manual_seed(seed)
         G = []
         for index, (h, (n_l, n)) in enumerate(zip(shapes.h, self._map_shapes(boundaries, shapes), strict=True)):
@@ -115,6 +119,12 @@ class Starts:
             if init == "auto":
                 of_encoder = sources[index] is None and index in boundaries.pooled  # no shortcut leads out of it
                 init = "zero" if of_encoder else "identity" if n_l == n else "gaussian"
+            if init == "identity" and n_l != n:
+                raise ValueError(
+                    f'feedback_init="identity" needs outputs of one size, and {self.names[index]} has {n_l} numbers at '
+                    f'a position, where what its map comes from has {n}. Use feedback_init="gaussian", "zero" or '
+                    '"auto", which takes the identity where it fits.'
+                )
             start = initial_feedback(init, n_l, n, generator, torch.promote_types(h.dtype, torch.float32))
             shared = sources[index] is None and boundaries.read_at is not None and init == "identity"
             G.append((start / shapes.positions if shared else start).to(h.device))

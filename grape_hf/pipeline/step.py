@@ -120,7 +120,7 @@ class Pipeline:
         self.metrics["calibration/share"] = self.calibration.count / (step + 1)
         every = self.options.alignment_steps
         self._measuring = bool(every) and not self.calibrating and step % every == 0
-        due = feedback.maps is not None and step % (self.options.jvp_steps or 1) == 0
+        due = feedback.maps is not None and (step + 1) % (self.options.jvp_steps or 1) == 0  # as GrapeRun.learning
         self.module.learning, self.module.recording = due and not self.calibrating, self.calibrating
         if feedback.maps is not None:
             feedback.maps.begin()

@@ -152,7 +152,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             own = [row for row in rows if (row["micro_batches"], row["method"]) == (micro_batches, method)]
             axes.plot([row["stages"] for row in own], [row["ratio"] for row in own], label=method)
         axes.axhline(1 / 3, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(title=f"{micro_batches} micro-batches", xlabel="stages", xscale="log")
+        axes.set(title=f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''}", xlabel="stages", xscale="log")
         axes.set_xticks([2, 4, 8, 16, 32, 64], [2, 4, 8, 16, 32, 64])
         axes.minorticks_off()
     panels[0].set_ylabel("time per batch / 1F1B")

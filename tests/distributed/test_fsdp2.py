@@ -127,7 +127,7 @@ def make(folder: Path, problem: str = "gpt2", train: bool = False, **options: ob
             id="differences-in-half-precision",
         ),
         pytest.param(
-            {"feedback_space": "logits", "feedback_init": "identity", "train": True},
+            {"feedback_space": "logits", "feedback_init": "identity", "feedback_rule": "lms", "train": True},
             ['ValueError: feedback_init="identity"', "FSDP2", 'Use feedback_init="gaussian"'],
             id="shortcut",
         ),
