@@ -56,7 +56,7 @@ def test_the_table_has_every_option_with_its_choices_and_defaults():
     rows = {row.split("`")[1]: row for row in documents.options_table().splitlines()[2:]}
     assert list(rows) == [f.name for f in dataclasses.fields(grape_hf.GrapeArgumentsMixin)]
     assert "| `lms`, `cosine`, `ema`, `local` | `local`; paper: `cosine`; convnet: `lms` |" in rows["feedback_rule"]
-    assert rows["jvp_steps"].endswith("| whole number | `4`; paper: `1` | B_l learns every so many optimiser steps |")
+    assert rows["jvp_steps"].endswith("| whole number | `1`; convnet: `4` | B_l learns every so many optimiser steps |")
     assert "| names | found in the model |" in rows["blocks"]
     assert max(map(len, rows.values())) < 200
 

@@ -172,7 +172,10 @@ def test_presets_fill_in_what_is_not_given(preset, tmp_path):
     ],
 )
 def test_an_option_of_the_estimate_asks_for_one(options, rule):
-    assert resolved(GrapeArgumentsMixin(**{"grape_preset": "recommended"} | options)).feedback_rule == rule
+    found = resolved(GrapeArgumentsMixin(**{"grape_preset": "recommended"} | options))
+    assert found.feedback_rule == rule
+    every = {"local": 1, "lms": 4, "cosine": 1, "ema": 1}  # the last two of the paper, and of method fdfa
+    assert found.jvp_steps == options.get("jvp_steps", every[rule])
 
 
 def test_presets_agree_with_the_fields():

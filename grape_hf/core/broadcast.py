@@ -42,6 +42,10 @@ class Refinement:
 
 
 NO_REFINEMENT = Refinement()
+_REENTRANT = (
+    "the output of block {} ({}) {}. Reentrant activation checkpointing does this: set "
+    'gradient_checkpointing_kwargs={{"use_reentrant": False}}.'
+)
 
 
 class BroadcastMode(FollowingMode):
@@ -110,6 +114,8 @@ class BroadcastMode(FollowingMode):
             return h.clone() if copied else h
         if h.requires_grad:
             assert isinstance(mode, BroadcastMode)
+            if type(h.grad_fn).__name__ == "CheckpointFunctionBackward" and mode.cuts_have_graphs:
+                raise RuntimeError(_REENTRANT.format(index + 1, type(block).__name__, "is recomputed behind our back"))
             padding, still = pairing.padding, pairing.padded(None)
             mode.token = Receive.apply(h, mode.token, self.B[index], mode.star, index, padding, still)
             cut = mode.cut(index, h, pairing)
@@ -119,10 +125,15 @@ class BroadcastMode(FollowingMode):
             cut = h.detach()
         return cut.clone() if copied else cut
 
+    @property
+    def cuts_have_graphs(self) -> bool:
+        """Whether what is read in the place of h_l gets a gradient."""
+        return self.refinement.learn or self.refinement.needs_graph
+
     def cut(self, index: int, h: Tensor, pairing: Pairing) -> Tensor:
         """Return h_l without the graph of the block that made it; with a graph of its own where v is asked for."""
         refinement, B = self.refinement, self.B[index]
-        if not refinement.learn and not refinement.needs_graph:
+        if not self.cuts_have_graphs:
             return h.detach()
         cut = Cut.apply(h, self._anchor, self.star.lesson if refinement.learn else None, index)
         if refinement.needs_graph:
@@ -133,11 +144,8 @@ class BroadcastMode(FollowingMode):
     @staticmethod
     def _check_gradient(index: int, h: Tensor, block: nn.Module) -> None:
         if not h.requires_grad and any(p.requires_grad for p in block.parameters()):
-            raise RuntimeError(
-                f"the output of block {index + 1} ({type(block).__name__}) carries no gradient although the block has "
-                "weights to train. Reentrant activation checkpointing does this: set "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
-            )
+            what = "carries no gradient although the block has weights to train"
+            raise RuntimeError(_REENTRANT.format(index + 1, type(block).__name__, what))
 
     def at_output(self, y: Tensor, site: int) -> Tensor:
         """Return y, whose backward sends e over the arms that wait."""

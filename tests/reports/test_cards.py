@@ -150,7 +150,6 @@ class TestBody:
         assert {row[0]: (row[1], row[2]) for row in rows[1:]} == {
             "`feedback_lr`": ("`0.1`", "`0.02`"),
             "`feedback_rule`": ("`lms`", "`local`"),  # as jvp_fraction asks for an estimate
-            "`jvp_steps`": ("`1`", "`4`"),
             "`jvp_fraction`": ("`0.5`", "`0.25`"),
             "`calibration_strategy`": ("`steps`", "`no`"),
             "`calibration_interval`": ("`2.0`", "`1.0`"),
