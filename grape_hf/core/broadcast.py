@@ -42,10 +42,7 @@ class Refinement:
 
 
 NO_REFINEMENT = Refinement()
-_REENTRANT = (
-    "the output of block {} ({}) {}. Reentrant activation checkpointing does this: set "
-    'gradient_checkpointing_kwargs={{"use_reentrant": False}}.'
-)
+_REENTRANT = 'Reentrant activation checkpointing does this: set gradient_checkpointing_kwargs={"use_reentrant": False}.'
 
 
 class BroadcastMode(FollowingMode):
@@ -114,14 +111,14 @@ class BroadcastMode(FollowingMode):
             return h.clone() if copied else h
         if h.requires_grad:
             assert isinstance(mode, BroadcastMode)
-            if type(h.grad_fn).__name__ == "CheckpointFunctionBackward" and mode.cuts_have_graphs:
-                raise RuntimeError(_REENTRANT.format(index + 1, type(block).__name__, "is recomputed behind our back"))
+            if mode.cuts_have_graphs:
+                refuse_recomputed(index, h, block)
             padding, still = pairing.padding, pairing.padded(None)
             mode.token = Receive.apply(h, mode.token, self.B[index], mode.star, index, padding, still)
             cut = mode.cut(index, h, pairing)
         else:
             if mode is self and self._last == index:
-                self._check_gradient(index, h, block)
+                check_gradient(index, h, block)
             cut = h.detach()
         return cut.clone() if copied else cut
 
@@ -141,12 +138,6 @@ class BroadcastMode(FollowingMode):
             self.star.arms[index] = Arm(h, cut, added, pairing)
         return cut
 
-    @staticmethod
-    def _check_gradient(index: int, h: Tensor, block: nn.Module) -> None:
-        if not h.requires_grad and any(p.requires_grad for p in block.parameters()):
-            what = "carries no gradient although the block has weights to train"
-            raise RuntimeError(_REENTRANT.format(index + 1, type(block).__name__, what))
-
     def at_output(self, y: Tensor, site: int) -> Tensor:
         """Return y, whose backward sends e over the arms that wait."""
         mode = self.under_way()
@@ -154,7 +145,7 @@ class BroadcastMode(FollowingMode):
             return y
         assert isinstance(mode, BroadcastMode)
         if mode is self and site < len(self.boundaries.blocks):
-            self._check_gradient(site, y, self.boundaries.blocks[site])
+            check_gradient(site, y, self.boundaries.blocks[site])
         if mode.token is not None:
             mode.star.site = site
             mode.star.y = y if mode.star.arms else None
@@ -168,3 +159,21 @@ class BroadcastMode(FollowingMode):
                 self._ended = True
                 self._made.append(y.grad_fn)
         return y
+
+
+def refuse_recomputed(index: int, h: Tensor, block: nn.Module) -> None:
+    """Raise RuntimeError if block ``index + 1`` is run by a reentrant checkpoint, of which torch's node tells."""
+    if type(h.grad_fn).__name__ == "CheckpointFunctionBackward":
+        raise RuntimeError(
+            f"the output of block {index + 1} ({type(block).__name__}) is recomputed in the backward, where its graph "
+            f"is not cut. {_REENTRANT}"
+        )
+
+
+def check_gradient(index: int, h: Tensor, block: nn.Module) -> None:
+    """Raise RuntimeError if block ``index + 1`` has weights to train and no gradient can get to them from h."""
+    if not h.requires_grad and any(p.requires_grad for p in block.parameters()):
+        raise RuntimeError(
+            f"the output of block {index + 1} ({type(block).__name__}) carries no gradient although the block has "
+            f"weights to train. {_REENTRANT}"
+        )

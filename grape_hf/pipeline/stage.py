@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
+from grape_hf.core.broadcast import check_gradient, refuse_recomputed
 from grape_hf.pipeline.feedback import StageFeedback
 from grape_hf.pipeline.look import Extent
 from grape_hf.pipeline.places import Places
@@ -90,10 +91,14 @@ class StageModule(nn.Module):
     def _at_point(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             h = output[0] if isinstance(output, tuple | list) else output
-            if not torch.is_grad_enabled() or not h.requires_grad:
+            if not torch.is_grad_enabled():
                 return None
             if not self.star:
                 return self._record(index, h)
+            check_gradient(index, h, module)
+            refuse_recomputed(index, h, module)
+            if not h.requires_grad:
+                return None
             self.cut[index] = h
             at_end = index == max(self.split.blocks)
             return _put(output, h.detach() if at_end else self._read(index, h))
@@ -107,6 +112,8 @@ class StageModule(nn.Module):
                 return None
             if not self.star:
                 return self._record(index, h)
+            check_gradient(index, h, module)
+            refuse_recomputed(index, h, module)
             if h.requires_grad:
                 self.cut[index] = h
             self.y = h.detach().requires_grad_()

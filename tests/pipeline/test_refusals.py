@@ -1,5 +1,6 @@
 """What does not go with stages is refused when the Trainer is made, by the name of its setting."""
 
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,27 @@ def refusals(folder: Path, names: list[str]) -> dict[str, str]:
         else:
             found[name] = "not refused"
     return found
+
+
+def reentrant(folder: Path, options: dict[str, Any]) -> str:
+    """What is said of reentrant checkpointing that was switched on behind the Trainer's back."""
+    problem = problems.Problem("reentrant", GPT2, problems.text)
+    trainer = make_trainer(problem, folder, **({"pipeline_stages": 2, "ddp_timeout": 6, "max_steps": 1} | options))
+    getattr(trainer.model, f"{CHECKPOINTING}_enable")({"use_reentrant": True})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of inputs without gradients
+            trainer.train()
+    except RuntimeError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize("method", [{"method": "dfa"}, {"method": "grape"}])
+def test_reentrant_checkpointing(method, processes, tmp_path):
+    said = processes.run_on(2, reentrant, tmp_path, method)
+    assert not any(text == "trained" for text in said)
+    assert any("use_reentrant" in text for text in said), said
 
 
 def test_settings_and_models(processes, tmp_path):
