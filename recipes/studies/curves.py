@@ -174,7 +174,7 @@ def plot(settings: Mapping[str, Any], shown: Mapping[str, Sequence[Result]], pat
         right.set_ylim(top=_FAR)  # what is far off would hide how the others differ
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=130)
 
 
