@@ -1,4 +1,4 @@
-"""Train Hugging Face models with GrAPE: direct feedback to every block, learned from forward-mode derivatives."""
+"""Train Hugging Face models with GrAPE: direct feedback to every block, learned while the model trains."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
