@@ -27,6 +27,11 @@ def feedback_alignment(B: Sequence[Tensor], J_hat: Sequence[Tensor]) -> Tensor:
     return torch.stack([frobenius_cosine(b, j.mT.to(b)).to(B[0].device) for b, j in zip(B, J_hat, strict=True)])
 
 
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """Return <a, b>, |a|^2 and |b|^2 of two tensors of one shape, ``(3,)``."""
+    return torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()])
+
+
 def delta_products(forwards: Sequence[Forward], B: Sequence[Tensor], steps: Sequence[Forward] | None = None) -> Tensor:
     """Return the inner products behind cos(B_l e, delta_l), ``(L-1, 3)``: <B e, delta>, |B e|^2, |delta|^2.
 
@@ -51,8 +56,7 @@ def delta_products(forwards: Sequence[Forward], B: Sequence[Tensor], steps: Sequ
             if feedback is None:
                 feedback = project_error(forward.e, b, forward.delta[index].shape, pairing)
             feedback = pairing.layout.vectors(feedback).to(delta)
-            products = (feedback * delta).sum(), feedback.square().sum(), delta.square().sum()
-            total += torch.stack(products).to(total)
+            total += inner_products(feedback, delta).to(total)
         rows.append(total.to(B[0].device))
     return torch.stack(rows)
 
@@ -138,7 +142,7 @@ def pair_products(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
     for of_block in pairs:
         row = torch.zeros(3)
         for g, true in ((g.float(), true.float()) for g, true in of_block):
-            row = row.to(g.device) + torch.stack([(g * true).sum(), g.square().sum(), true.square().sum()])
+            row = row.to(g.device) + inner_products(g, true)
         rows.append(row)
     return torch.stack([row.to(rows[0].device) for row in rows])
 

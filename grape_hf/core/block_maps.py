@@ -19,7 +19,7 @@ In this file ``maps[i]`` belongs to boundary i, h_{i+1}: it leads to the gradien
 Source: ours (METHOD.md, "Block-level feedback, paths and sweeps"); the update is Widrow and Hoff's, normalised.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -159,6 +159,12 @@ class BlockMaps:
         return MapSums(
             torch.zeros_like(g), zero, zero, torch.zeros((), dtype=torch.int64, device=g.device), g.new_zeros(3)
         )
+
+
+def chained(G: Iterable[Tensor]) -> BlockMaps:
+    """Return maps each of which leads from the boundary behind the next, and the last from e."""
+    maps = list(G)
+    return BlockMaps(maps, [*range(1, len(maps)), None][: len(maps)])
 
 
 def _largest(d: Tensor, rows: int = 256) -> Tensor:

@@ -30,6 +30,27 @@ from grape_hf.training_args import GrapeArgumentsMixin
 FRESH = ("alignment/exact", "weight_gradient")  # logged once, when they were measured
 
 
+class WeightGradients:
+    """Gradients of weights by a star beside the exact ones, summed over micro-batches."""
+
+    def __init__(self) -> None:
+        self._pairs: list[list[tuple[Tensor, Tensor]]] = []
+
+    def add(self, pairs: list[list[tuple[Tensor, Tensor]]]) -> None:
+        """Add pairs (g, g'), for each boundary those of the block before it."""
+        earlier = self._pairs or [[] for _ in pairs]
+        self._pairs = [add_pairs(a, b) for a, b in zip(earlier, pairs, strict=True)]
+
+    def figures(self, ranks: Ranks) -> dict[str, Tensor]:
+        """Return cosine and size ratio of each boundary by name, over ranks, and forget the sums; none of nothing."""
+        pairs, self._pairs = self._pairs, []
+        if not pairs:
+            return {}
+        totals = iter(ranks.total([t for of_block in pairs for pair in of_block for t in pair]))
+        products = pair_products([[(next(totals), next(totals)) for _ in of_block] for of_block in pairs])
+        return {"weight_gradient/cosine": delta_alignment(products), "weight_gradient/size": size_ratio(products)}
+
+
 class Measures:
     """The measurements of one run.
 
@@ -52,7 +73,7 @@ class Measures:
     def begin(self) -> None:
         """Begin an optimiser step."""
         self._products: Tensor | None = None
-        self._of_weights: list[list[tuple[Tensor, Tensor]]] = []
+        self._of_weights = WeightGradients()
         self._moments: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
@@ -81,20 +102,15 @@ class Measures:
                 products, of_weights = replayed_alignment(boundaries, call, of_call, feedback.B, weights)
             self._add(products)
             if weights:
-                earlier = self._of_weights or [[] for _ in of_weights]
-                self._of_weights = [add_pairs(a, b) for a, b in zip(earlier, of_weights, strict=True)]
+                self._of_weights.add(of_weights)
 
     def finish(self, step: int, feedback: Feedback) -> None:
         """Turn the sums of the step into figures, and fit B_l where that is due."""
         if self._products is not None:
             self.note_alignment("exact", delta_alignment(*self.ranks.total([self._products])), step)
-        if self._of_weights:
-            totals = iter(self.ranks.total([t for pairs in self._of_weights for pair in pairs for t in pair]))
-            products = pair_products([[(next(totals), next(totals)) for _ in pairs] for pairs in self._of_weights])
-            self._of_weights = []
-            for name, values in {"cosine": delta_alignment(products), "size": size_ratio(products)}.items():
-                self.metrics[f"weight_gradient/{name}/mean"] = values.nanmean()
-                self.metrics |= {f"weight_gradient/{name}/h_{i}": value for i, value in enumerate(values, 1)}
+        for name, values in self._of_weights.figures(self.ranks).items():
+            self.metrics[f"{name}/mean"] = values.nanmean()
+            self.metrics |= {f"{name}/h_{i}": value for i, value in enumerate(values, 1)}
         if self._moments:
             totals = iter(self.ranks.total([t for pair in self._moments for t in pair]))
             feedback.refit(list(zip(totals, totals, strict=True)))

@@ -32,7 +32,7 @@ from grape_hf.engine.measures import Measures
 from grape_hf.engine.points import FeedbackPoints, options_for
 from grape_hf.engine.ranks import ALONE, Ranks, is_sharded
 from grape_hf.engine.starts import Starts
-from grape_hf.engine.step import BackwardRule
+from grape_hf.engine.step import BackwardRule, learns_in
 from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
 
 
@@ -158,20 +158,18 @@ class GrapeRun:
     @property
     def estimating(self) -> bool:
         """Whether an estimate is to be made in this step."""
-        return self.options.feedback_rule != "local" and self._learns_at(0)
+        return self.options.feedback_rule != "local" and self._due
 
     @property
     def learning(self) -> bool:
         """Whether the maps of blocks learn from this step's own backward."""
-        # In the last of every jvp_steps: in others no block computes a gradient at its input, and what goes wrong
-        # there, such as reentrant checkpointing, is to be seen in the very first step of a run.
-        return self.options.feedback_rule == "local" and self._learns_at(-1)
+        return self.options.feedback_rule == "local" and self._due
 
-    def _learns_at(self, place: int) -> bool:
-        every = self.options.jvp_steps or 1
+    @property
+    def _due(self) -> bool:
         assert self.current_step is not None
         learned = self.options.method in ESTIMATING and not self.drift.everywhere
-        return learned and not self.calibrating and (self.current_step - place) % every == 0
+        return learned and not self.calibrating and learns_in(self.current_step, self.options)
 
     @property
     def measuring(self) -> bool:

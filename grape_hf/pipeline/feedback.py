@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grape_hf.core.block_maps import BlockMaps
+from grape_hf.core.alignment import inner_products
+from grape_hf.core.block_maps import chained
 from grape_hf.core.feedback import Feedback, FeedbackInit, initial_feedback, is_identity, normalize_columns
 from grape_hf.core.star import Matrix
 from grape_hf.engine.probe import read_position
@@ -26,9 +27,8 @@ class StageFeedback:
     Args:
         names: all feedback points of the model: the number of the block before each, with its name.
         blocks: of this stage, by their numbers in the chain.
-        init: how B_l, or the maps, start.
+        starts: of B_l by point, ``(n, n)`` on the CPU; None for identities.
         width: n, the size of h_l and y, which are of one size.
-        seed: of a gaussian start.
         dtype: of the matrices.
         device: where they lie.
 
@@ -43,9 +43,8 @@ class StageFeedback:
         self,
         names: Mapping[int, str],
         blocks: Sequence[int],
-        init: FeedbackInit,
+        starts: Mapping[int, Tensor] | None,
         width: int,
-        seed: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -55,38 +54,30 @@ class StageFeedback:
         self.maps: StageMaps | None = None
         self._asked = False
         self._share = 1.0  # of the error that each position gets, where there is one error for all
-        self._identity = init == "identity"
+        self._identity = starts is None
         self._padding: list[Tensor | None] = []
-        self.B: dict[int, Matrix] = dict.fromkeys(self.own, "identity")
-        self._starts: dict[int, Tensor] = {}
-        if not self._identity:
-            generator = torch.Generator().manual_seed(seed)
-            self._starts = {point: initial_feedback(init, width, width, generator, dtype) for point in names}
-            self.B = {point: self._starts[point].to(device) for point in self.own}
+        self.B: dict[int, Matrix] = {p: "identity" if starts is None else starts[p].to(device) for p in self.own}
 
-    def learn(self, places: Places, lr: float, normalize: bool) -> None:
-        """Have the starts be those of maps, which learn; their products are the matrices.
+    def learn(self, starts: Mapping[int, Tensor] | None, places: Places, lr: float, normalize: bool) -> None:
+        """Have maps learn, whose products are the matrices.
 
         Args:
+            starts: of the maps by point; None for identities.
             places: of this process.
             lr: eta_B.
             normalize: whether columns get unit length, at the start too.
         """
-        points = list(self.names)
-        held = [point for point in points if point + 1 in self.blocks]
-        starts = self._starts or dict.fromkeys(points, torch.eye(self.width, dtype=self.dtype))
+        identities = dict.fromkeys(self.names, torch.eye(self.width, dtype=self.dtype))
+        first = identities if starts is None else dict(starts)
         if normalize:
-            starts = {point: normalize_columns(start) for point, start in starts.items()}
-        matrices = dict(starts)
-        if self._starts or normalize:  # else they are products of identities
-            maps = self._whole(list(starts.values()), list(starts.values())).maps
-            assert maps is not None
-            matrices = dict(zip(points, maps.product(), strict=True))
-        self.B = {point: matrices[point].to(self.device) for point in self.own}
-        G = [starts[point].to(self.device, copy=True) for point in held]
-        end = self.blocks[-1]
-        above = None if places.is_last else matrices[end].to(self.device)
-        self.maps, self._starts = StageMaps(held, end, G, above, places, lr, normalize), {}
+            first = {point: normalize_columns(start) for point, start in first.items()}
+        # Products of identities need not be made.
+        products = first if first is identities else dict(zip(first, chained(first.values()).product(), strict=True))
+        self.B = {point: products[point].to(self.device) for point in self.own}
+        held = [point for point in first if point + 1 in self.blocks]
+        G = chained(first[point].to(self.device, copy=True) for point in held)
+        above = None if places.is_last else products[self.blocks[-1]].to(self.device)
+        self.maps = StageMaps(held, self.blocks[-1], G, above, places, lr, normalize)
 
     def settle(self) -> None:
         """Take in what the maps of this stage and of those above have learned; to be called by all stages."""
@@ -122,32 +113,29 @@ class StageFeedback:
         padding = self._padding[number]
         return (whole if padding is None else whole * padding.to(e)[..., None]).contiguous()
 
-    def deltas(self, points: Sequence[int], e: Tensor, number: int) -> dict[int, Tensor]:
+    def deltas(self, points: Sequence[int], arrived: Tensor, e: Tensor) -> dict[int, Tensor]:
         """Return delta_l = B_l e at points of this stage, ``(batch, positions, n)`` each.
 
         The output of the last block is y itself: it has no matrix, and gets the error at y.
 
         Args:
             points: in order.
-            e: the error that has arrived; on the last stage, the error at y.
-            number: of the micro-batch.
+            arrived: the error as it travels (``spread``).
+            e: on the last stage the error at y, else the same.
         """
         self.settle()
-        arrived = self._arrived(e, number)
         return {point: project(arrived, self.B[point]) if point in self.B else e for point in points}
 
-    def observe(self, inputs: Mapping[int, Tensor], deltas: Mapping[int, Tensor], e: Tensor, number: int) -> None:
+    def observe(self, inputs: Mapping[int, Tensor], deltas: Mapping[int, Tensor], arrived: Tensor) -> None:
         """Have the maps learn from the backward of a micro-batch.
 
         Args:
             inputs: by point, what the block behind it has read, with its gradient.
             deltas: what ``deltas`` returned.
-            e: as there.
-            number: as there.
+            arrived: as there; what a map without another source takes.
         """
         assert self.maps is not None
-        given = {point: delta if point in self.B else self._arrived(e, number) for point, delta in deltas.items()}
-        self.maps.observe(inputs, given)
+        self.maps.observe(inputs, {p: delta if p in self.B else arrived for p, delta in deltas.items()})
 
     def products(self, e: Tensor, exact: Mapping[int, Tensor]) -> Tensor:
         """Return the products behind cos(B_l e, delta_l) at the points of this stage (``core/alignment.py``).
@@ -159,14 +147,8 @@ class StageFeedback:
         rows = torch.zeros(len(self.own), 3, dtype=self.dtype, device=self.device)
         for row, point in zip(rows, self.own, strict=True):
             if point in exact:
-                delta = exact[point]
-                sent = project(e, self.B[point]).to(delta)
-                row += torch.stack([(sent * delta).sum(), sent.square().sum(), delta.square().sum()]).to(row)
+                row += inner_products(project(e, self.B[point]).to(exact[point]), exact[point]).to(row)
         return rows
-
-    def _arrived(self, e: Tensor, number: int) -> Tensor:
-        """The error as it travels: e itself on all stages but the last."""
-        return self.spread(e, number) if self._asked else e
 
     def save(self, path: Path, places: Places) -> None:
         """Write the matrices of all stages as one process would; to be called by all."""
@@ -204,7 +186,7 @@ class StageFeedback:
     @staticmethod
     def _whole(B: list[Tensor], G: list[Tensor]) -> Feedback:
         """The matrices as one process has them."""
-        return Feedback(B, maps=BlockMaps(G, [*range(1, len(G)), None]) if G else None)
+        return Feedback(B, maps=chained(G) if G else None)
 
     def _dense(self, b: Matrix, share: float) -> Tensor:
         return share * (torch.eye(self.width, dtype=self.dtype) if isinstance(b, str) else b)
@@ -239,12 +221,16 @@ def stage_feedback(
             f'one size, found {shapes}. Use method="bp" over stages, or pipeline_stages=1.'
         )
     chosen = options.feedback_init
-    init = "identity" if chosen is None or chosen == "auto" else chosen
-    dtype = torch.promote_types(h[-1].dtype, torch.float32)
+    init: FeedbackInit = "identity" if chosen is None or chosen == "auto" else chosen
+    width, dtype = h[-1].shape[-1], torch.promote_types(h[-1].dtype, torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    starts = None
+    if init != "identity":  # in the order of all points, as one process draws them
+        starts = {point: initial_feedback(init, width, width, generator, dtype) for point in points}
     names = {point: split.chain_names[point] for point in points}
-    found = StageFeedback(names, list(split.blocks), init, h[-1].shape[-1], seed, dtype, device)
+    found = StageFeedback(names, list(split.blocks), starts, width, dtype, device)
     if options.method == "grape":
-        found.learn(places, options.feedback_lr or 0.0, bool(options.feedback_normalize))
+        found.learn(starts, places, options.feedback_lr or 0.0, bool(options.feedback_normalize))
     return found
 
 

@@ -28,7 +28,7 @@ class StageMaps:
         points: for each map the feedback point that it leads to, by the number of the block before it: the end of the
             stage below, and all points inside this stage.
         end: the last block of this stage. The delta there, or e, is what the last map takes.
-        G: the maps, ``(n, n)`` each.
+        maps: one for each of these points.
         above: the matrix at this stage's end, ``(n, n)``; None in the last stage.
         places: of this process.
         lr: eta_B.
@@ -43,7 +43,7 @@ class StageMaps:
         self,
         points: Sequence[int],
         end: int,
-        G: Sequence[Tensor],
+        maps: BlockMaps,
         above: Tensor | None,
         places: Places,
         lr: float,
@@ -51,8 +51,7 @@ class StageMaps:
     ) -> None:
         self.points, self.end, self.places = list(points), end, places
         self.lr, self.normalize = lr, normalize
-        sources = [*range(1, len(self.points)), None] if self.points else []
-        self.maps, self.above, self.guard = BlockMaps(G, sources), above, FiniteGuard()
+        self.maps, self.above, self.guard = maps, above, FiniteGuard()
         self.alignment: Tensor | None = None
         self._asked: Any = None  # the transfer by which ``above`` is on its way
         self._sent: tuple[Any, Tensor] | None = None

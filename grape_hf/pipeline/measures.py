@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grape_hf.core.alignment import add_pairs, delta_alignment, pair_products, size_ratio
+from grape_hf.core.alignment import delta_alignment
 from grape_hf.core.finite import FiniteGuard
-from grape_hf.engine.measures import FRESH
+from grape_hf.engine.measures import FRESH, WeightGradients
 from grape_hf.engine.ranks import Ranks
 from grape_hf.pipeline.feedback import StageFeedback
 from grape_hf.pipeline.look import Extent
@@ -40,7 +40,7 @@ class StageMeasures:
         self.places, self.split, self.feedback = places, split, feedback
         self._guard = FiniteGuard(options.max_skipped_refinements)  # only to say what was skipped
         self._products: Tensor | None = None  # of the step under way
-        self._weights: list[list[tuple[Tensor, Tensor]]] = []
+        self._weights = WeightGradients()
         self._fresh: dict[str, Tensor] = {}  # figures of this stage's points that were not logged yet
 
     @torch.no_grad()
@@ -72,8 +72,7 @@ class StageMeasures:
             trained = [p for p in self.split.blocks[point].parameters() if p.requires_grad]
             zeros = [torch.zeros_like(p) for p in trained]
             pairs.append([(replay.star.get(p, z), replay.exact.get(p, z)) for p, z in zip(trained, zeros, strict=True)])
-        earlier = self._weights or [[] for _ in pairs]
-        self._weights = [add_pairs(a, b) for a, b in zip(earlier, pairs, strict=True)]
+        self._weights.add(pairs)
 
     def finish(self) -> None:
         """Turn the sums of an optimiser step, over replicas, into figures."""
@@ -81,12 +80,7 @@ class StageMeasures:
         if self._products is not None:
             self._fresh["alignment/exact"] = delta_alignment(*ranks.total([self._products]))
             self._products = None
-        if self._weights:
-            totals = iter(ranks.total([t for pairs in self._weights for pair in pairs for t in pair]))
-            products = pair_products([[(next(totals), next(totals)) for _ in pairs] for pairs in self._weights])
-            self._fresh["weight_gradient/cosine"] = delta_alignment(products)
-            self._fresh["weight_gradient/size"] = size_ratio(products)
-            self._weights = []
+        self._fresh |= self._weights.figures(ranks)
 
     def share(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return figures with the alignments of all stages among them; by all, on the host.

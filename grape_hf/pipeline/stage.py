@@ -7,6 +7,7 @@ detached copy and keeps the original, from which the local backward starts.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,10 +60,8 @@ class StageModule(nn.Module):
         self.inputs: dict[int, Tensor] = {}
         self.y: Tensor | None = None
         self.exact: dict[tuple[int, int], Tensor] = {}
-        for index in points:
-            split.blocks[index].register_forward_hook(self._at_point(index))
-        if places.is_last:
-            split.blocks[max(split.blocks)].register_forward_hook(self._at_y(max(split.blocks)))
+        for index in [*points, max(split.blocks)] if places.is_last else points:
+            split.blocks[index].register_forward_hook(self._behind(index))
 
     def forward(self, received: Tensor | None = None) -> Tensor:
         """Run one micro-batch.
@@ -88,24 +87,9 @@ class StageModule(nn.Module):
             self.inputs[point] = leaf
         return leaf
 
-    def _at_point(self, index: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            h = output[0] if isinstance(output, tuple | list) else output
-            if not torch.is_grad_enabled():
-                return None
-            if not self.star:
-                return self._record(index, h)
-            check_gradient(index, h, module)
-            refuse_recomputed(index, h, module)
-            if not h.requires_grad:
-                return None
-            self.cut[index] = h
-            at_end = index == max(self.split.blocks)
-            return _put(output, h.detach() if at_end else self._read(index, h))
+    def _behind(self, index: int) -> Any:
+        """Return the hook behind a block with a feedback point, or behind the last block, whose output is y."""
 
-        return hook
-
-    def _at_y(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             h = output[0] if isinstance(output, tuple | list) else output
             if not torch.is_grad_enabled():
@@ -116,10 +100,18 @@ class StageModule(nn.Module):
             refuse_recomputed(index, h, module)
             if h.requires_grad:
                 self.cut[index] = h
-            self.y = h.detach().requires_grad_()
-            return _put(output, self.y)
+            return _put(output, self._handed_on(index, h))
 
         return hook
+
+    def _handed_on(self, index: int, h: Tensor) -> Tensor:
+        """Return what goes on from a block without its graph: to the next, to the next stage, or as y to the head."""
+        if index < max(self.split.blocks):
+            return self._read(index, h) if h.requires_grad else h
+        if not self.places.is_last:
+            return h.detach()
+        self.y = h.detach().requires_grad_()
+        return self.y
 
     def _record(self, index: int, h: Tensor) -> None:
         """Note the gradient that arrives at a point in an ordinary backward."""
@@ -130,6 +122,25 @@ class StageModule(nn.Module):
 
 def _put(output: Any, h: Tensor) -> Any:
     return type(output)((h, *output[1:])) if isinstance(output, tuple | list) else h
+
+
+@dataclass
+class Waiting:
+    """What a micro-batch in a star has left for its backward.
+
+    Attributes:
+        cut: by point, the hidden states that the local backward starts from.
+        inputs: by point, what the block behind it has read; for maps that learn.
+        y: the last block's output; None on all stages but the last.
+        e: the error, on the last stage that at y.
+        arrived: the error as it travels.
+    """
+
+    cut: dict[int, Tensor]
+    inputs: dict[int, Tensor]
+    y: Tensor | None
+    e: Tensor | None = None
+    arrived: Tensor | None = None
 
 
 class FeedbackStage(PipelineStage):
@@ -163,8 +174,7 @@ class FeedbackStage(PipelineStage):
             group=places.pipe,
         )
         self.extent, self.star, self.feedback, self.places = extent, star, feedback, places
-        # By micro-batch: what was cut, what blocks read, and y or e.
-        self._waiting: dict[int, tuple[dict[int, Tensor], dict[int, Tensor], Tensor]] = {}
+        self._waiting: dict[int, Waiting] = {}
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """F: run a micro-batch through this stage."""
@@ -177,7 +187,7 @@ class FeedbackStage(PipelineStage):
             # torch puts its own error around each, with all shapes; what went wrong is inside.
             raise (error.__cause__ or error) from None
         if module.star:
-            self._waiting[fwd_chunk_id] = (module.cut, module.inputs, output if module.y is None else module.y)
+            self._waiting[fwd_chunk_id] = Waiting(module.cut, module.inputs, module.y)
         module.star, module.cut, module.inputs, module.y = False, {}, {}, None
         return output
 
@@ -187,17 +197,16 @@ class FeedbackStage(PipelineStage):
             super().backward_one_chunk(bwd_chunk_id, loss, *args, **kwargs)
             return
         self.fwd_cache.pop(bwd_chunk_id)
-        cut, inputs, y = self._waiting[bwd_chunk_id]
-        if self.is_last:
+        waiting = self._waiting[bwd_chunk_id]
+        if waiting.y is not None:
             loss.backward()
-            e = y.grad
-            assert e is not None
+            assert waiting.y.grad is not None
             assert self.feedback is not None
-            travelling = self.feedback.spread(e, bwd_chunk_id)
-        else:
-            travelling = e = self._retrieve_recv_grads(bwd_chunk_id)[0]  # torch's buffer for a gradient from above
-        self._waiting[bwd_chunk_id] = (cut, inputs, e)
-        self.bwd_cache[bwd_chunk_id] = (travelling,)
+            waiting.e = waiting.y.grad
+            waiting.arrived = self.feedback.spread(waiting.e, bwd_chunk_id)
+        else:  # torch's buffer for a gradient from above
+            waiting.arrived = waiting.e = self._retrieve_recv_grads(bwd_chunk_id)[0]
+        self.bwd_cache[bwd_chunk_id] = (waiting.arrived,)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """Receive a gradient from the stage above; in a star e, from the last stage itself."""
@@ -222,9 +231,12 @@ class FeedbackStage(PipelineStage):
             super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
             return
         assert self.feedback is not None
-        cut, inputs, e = self._waiting.pop(bwd_chunk_id)
-        deltas = self.feedback.deltas(list(cut), e, bwd_chunk_id)
+        waiting = self._waiting.pop(bwd_chunk_id)
+        cut, e, arrived = waiting.cut, waiting.e, waiting.arrived
+        assert e is not None
+        assert arrived is not None
+        deltas = self.feedback.deltas(list(cut), arrived, e)
         if cut:  # nothing is trained in a stage without
             torch.autograd.backward(list(cut.values()), list(deltas.values()))
-        if inputs:
-            self.feedback.observe(inputs, deltas, e, bwd_chunk_id)
+        if waiting.inputs:
+            self.feedback.observe(waiting.inputs, deltas, arrived)

@@ -13,6 +13,7 @@ from grape_hf.core.blocks import find_blocks
 from grape_hf.core.isolation import isolated
 from grape_hf.engine.calibration import calibration_schedule
 from grape_hf.engine.points import options_for
+from grape_hf.engine.step import learns_in
 from grape_hf.pipeline import micro_batches, schedules
 from grape_hf.pipeline.cuts import given_cuts
 from grape_hf.pipeline.feedback import StageFeedback, stage_feedback
@@ -76,14 +77,12 @@ class Pipeline:
         points = [end - 1 for end in cuts[1:-1]] if options.feedback_points else list(range(len(chain) - 1))
         self.split = StageModel(model, chain, seen, cuts, places.stage)
         self._points = points
-        self.feedback = self._new_feedback() if options.method != "bp" else None
+        self._begin_feedback()
         # All stages refuse together: one that went on alone would wait for the others.
         if differing := next(filter(None, places.together(self.split.differs(autocast()))), None):
             raise ValueError(differing)
-        self.measures = StageMeasures(places, self.split, self.feedback, options) if self.feedback else None
         own = [] if self.feedback is None else self.feedback.own
         self.module = StageModule(self.split, places, self.device, own)
-        self._schedules = schedules.Schedules(self._schedule)
 
     def begin_training(self, steps_per_epoch: int | None) -> None:
         """Begin with feedback as it starts, and a calibration schedule; to be called by all stages.
@@ -95,12 +94,17 @@ class Pipeline:
         self._step, self.metrics = None, {}
         if self.feedback is not None:
             self.feedback.settle()  # of an earlier training
-            self.feedback = self._new_feedback()
-            self.measures = StageMeasures(self.places, self.split, self.feedback, self.options)
-            self._schedules = schedules.Schedules(self._schedule)
+            self._begin_feedback()
 
-    def _new_feedback(self) -> StageFeedback:
-        return stage_feedback(self.options, self.split, self._points, self.seed, self.places, self.device)
+    def _begin_feedback(self) -> None:
+        """Make the feedback as it starts, and what holds it."""
+        options, split, places = self.options, self.split, self.places
+        self.feedback: StageFeedback | None = None
+        self.measures: StageMeasures | None = None
+        if options.method != "bp":
+            self.feedback = stage_feedback(options, split, self._points, self.seed, places, self.device)
+            self.measures = StageMeasures(places, split, self.feedback, options)
+        self._schedules = schedules.Schedules(self._schedule)
 
     def _schedule(self, extent: Extent, number: int, kind: schedules.Kind) -> Any:
         stage = FeedbackStage(self.module, extent, kind == "star", self.feedback)
@@ -120,7 +124,7 @@ class Pipeline:
         self.metrics["calibration/share"] = self.calibration.count / (step + 1)
         every = self.options.alignment_steps
         self._measuring = bool(every) and not self.calibrating and step % every == 0
-        due = feedback.maps is not None and (step + 1) % (self.options.jvp_steps or 1) == 0  # as GrapeRun.learning
+        due = feedback.maps is not None and learns_in(step, self.options)
         self.module.learning, self.module.recording = due and not self.calibrating, self.calibrating
         if feedback.maps is not None:
             feedback.maps.begin()
@@ -190,7 +194,7 @@ class Pipeline:
         chain: schedules.Kind = "1f1b" if self.options.pipeline_schedule == "auto" else self.options.pipeline_schedule
         star = self.options.method != "bp" and not self.calibrating
 
-        def run(kind: schedules.Kind) -> None:
+        def run_schedule(kind: schedules.Kind) -> None:
             schedules.run(self._schedules.get(extent, len(parts), kind), self.places.is_last, train)
             if train and self.module.recording:
                 assert self.measures is not None
@@ -198,22 +202,24 @@ class Pipeline:
 
         try:
             if train and star and self._measuring:
-                self._compared(run, chain, losses)
+                self._compared(run_schedule, chain, losses)
             else:
-                run("gpipe" if not train else "star" if star else chain)
+                run_schedule("gpipe" if not train else "star" if star else chain)
         finally:
             self.module.loss, self.module.exact = None, {}
         return self._loss(losses, train), self._outputs(outputs) if wanted is not None else None
 
-    def _compared(self, run: Callable[[schedules.Kind], None], chain: schedules.Kind, losses: list[Tensor]) -> None:
+    def _compared(
+        self, run_schedule: Callable[[schedules.Kind], None], chain: schedules.Kind, losses: list[Tensor]
+    ) -> None:
         """Run a star, and beside it an ordinary schedule, of which nothing is left but what it has shown."""
         assert self.measures is not None
         replay = Replay(self.split.model, self.device)
-        run("star")
+        run_schedule("star")
         number = len(losses)
         with replay.chain():
             self.module.recording = True
-            run(chain)
+            run_schedule(chain)
             self.module.recording = False
         del losses[number:]
         self.measures.note_weights(replay)
