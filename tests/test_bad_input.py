@@ -271,7 +271,9 @@ def test_reentrant_checkpointing_is_refused(said, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's own complaint
-@pytest.mark.parametrize("rule", [{"feedback_rule": "lms"}, {"feedback_rule": "local"}, {"feedback_sweeps": 1}])
+@pytest.mark.parametrize(
+    "rule", [{"feedback_rule": "lms"}, {"feedback_rule": "local"}, {"jvp_steps": 4}, {"feedback_sweeps": 1}]
+)
 def test_reentrant_checkpointing_behind_the_trainers_back(rule, tmp_path):
     trainer = make_trainer(DROPOUT, tmp_path, **rule)
     enable = getattr(trainer.model, f"{CHECKPOINTING}_enable")

@@ -32,7 +32,7 @@ from grape_hf.engine.measures import Measures
 from grape_hf.engine.points import FeedbackPoints, options_for
 from grape_hf.engine.ranks import ALONE, Ranks, is_sharded
 from grape_hf.engine.starts import Starts
-from grape_hf.engine.step import BackwardRule, learns_in
+from grape_hf.engine.step import BackwardRule
 from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
 
 
@@ -169,7 +169,7 @@ class GrapeRun:
     def _due(self) -> bool:
         assert self.current_step is not None
         learned = self.options.method in ESTIMATING and not self.drift.everywhere
-        return learned and not self.calibrating and learns_in(self.current_step, self.options)
+        return learned and not self.calibrating and self.current_step % (self.options.jvp_steps or 1) == 0
 
     @property
     def measuring(self) -> bool:

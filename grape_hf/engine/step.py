@@ -13,7 +13,6 @@ from torch import Tensor
 from grape_hf.core.broadcast import Keep
 from grape_hf.core.modes import Forward
 from grape_hf.engine.ranks import Ranks
-from grape_hf.training_args import GrapeArgumentsMixin
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,3 @@ class BackwardRule(Protocol):
 
     def refined(self, B: Sequence[Tensor], ranks: Ranks, rate: float, decay: float) -> list[Tensor] | None:
         """Return the matrices after the step, None if nothing was seen; rate and decay are those of the weights."""
-
-
-def learns_in(step: int, options: GrapeArgumentsMixin) -> bool:
-    """Whether B_l learns in an optimiser step, if that is no calibration step: in one of every ``jvp_steps``.
-
-    An estimate is made in the first of them. Maps learn in the last: in the others no block computes a gradient at its
-    input, and what goes wrong there, such as reentrant checkpointing, is to be seen in the very first step of a run.
-    """
-    every = options.jvp_steps or 1
-    return step % every == (every - 1 if options.feedback_rule == "local" else 0)

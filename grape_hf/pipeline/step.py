@@ -13,7 +13,6 @@ from grape_hf.core.blocks import find_blocks
 from grape_hf.core.isolation import isolated
 from grape_hf.engine.calibration import calibration_schedule
 from grape_hf.engine.points import options_for
-from grape_hf.engine.step import learns_in
 from grape_hf.pipeline import micro_batches, schedules
 from grape_hf.pipeline.cuts import given_cuts
 from grape_hf.pipeline.feedback import StageFeedback, stage_feedback
@@ -124,7 +123,7 @@ class Pipeline:
         self.metrics["calibration/share"] = self.calibration.count / (step + 1)
         every = self.options.alignment_steps
         self._measuring = bool(every) and not self.calibrating and step % every == 0
-        due = feedback.maps is not None and learns_in(step, self.options)
+        due = feedback.maps is not None and step % (self.options.jvp_steps or 1) == 0
         self.module.learning, self.module.recording = due and not self.calibrating, self.calibrating
         if feedback.maps is not None:
             feedback.maps.begin()
