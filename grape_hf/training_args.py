@@ -423,12 +423,12 @@ class GrapeArgumentsMixin:
                 f"feedback_lr={self.feedback_lr}: expected at most 1 for feedback_rule={self.feedback_rule!r}, "
                 "which a higher rate drives away from what it learns."
             )
-        if self._by_local_rule and self.calibration_refit:
+        if self.learns_by_maps and self.calibration_refit:
             raise ValueError(
                 'calibration_refit=True fits B_l, which feedback_rule="local" makes of the maps of blocks. Set '
                 "calibration_refit=False."
             )
-        if self.feedback_path == "shortcut" and not (self.method == "dfa" or self._by_local_rule):
+        if self.feedback_path == "shortcut" and not (self.method == "dfa" or self.learns_by_maps):
             raise ValueError(
                 f'feedback_path="shortcut" leaves the rest to matrices that learn from backwards, or to none: expected '
                 f'feedback_rule="local" or method="dfa", got method={self.method!r}'
@@ -478,7 +478,8 @@ class GrapeArgumentsMixin:
             )
 
     @property
-    def _by_local_rule(self) -> bool:
+    def learns_by_maps(self) -> bool:
+        """Whether each block learns a map of its own, without an estimate."""
         return self.method == "grape" and self.feedback_rule == "local"
 
     def _check_baseline(self) -> None:

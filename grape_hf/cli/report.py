@@ -26,7 +26,7 @@ def describe(found: Inspection, name: str, batch: str) -> str:
     total, trained = found.parameters
     some = "" if total == trained else f", {_count(trained)} of them trained"
     points = len(found.boundaries) - 1
-    maps = options.method == "grape" and options.feedback_rule == "local"
+    maps = options.learns_by_maps
     together, size = "B_l and the maps together" if maps else "B_l together", found.memory["feedback"]
     lines = [
         f"{name}: {found.model}, {_count(total)} parameters{some}. Nothing was trained, no weights were read.",

@@ -94,7 +94,7 @@ class Starts:
     def by_block(self) -> bool:
         """Whether each block has a map of its own, and B_l is their product."""
         options = self.options
-        return options.method == "grape" and (options.feedback_rule == "local" or options.jvp_scope == "block")
+        return options.learns_by_maps or (options.method == "grape" and options.jvp_scope == "block")
 
     def initial_maps(self, boundaries: Boundaries, shapes: Probe, seed: int) -> BlockMaps:
         """Make the first maps G_l by ``feedback_init``; ``auto`` is the identity where it fits, else gaussian.

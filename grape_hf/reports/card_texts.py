@@ -130,7 +130,7 @@ def about(options: GrapeArgumentsMixin) -> str:
         options: of a run, with values for its model.
     """
     text = METHOD_TEXTS[options.method].about
-    if options.method == "grape" and options.feedback_rule == "local":
+    if options.learns_by_maps:
         text = text.replace(_LEARNED, _BY_MAPS)
     if options.method in ("grape", "dfa"):
         times = "once" if options.feedback_sweeps == 1 else f"{options.feedback_sweeps} times"

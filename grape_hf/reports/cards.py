@@ -248,7 +248,7 @@ def _bp_share(record: RunRecord) -> str:
 
 def _alignment(record: RunRecord) -> dict[str, Any] | None:
     labels = _KINDS
-    if record.options.method == "grape" and record.options.feedback_rule == "local":
+    if record.options.learns_by_maps:
         labels = {kind: _OF_MAPS.get(label, label) for kind, label in _KINDS.items()}
     found = {label: last_logged(record, f"grape/{kind}/h_") for kind, label in labels.items()}
     known = {label: values for label, values in found.items() if values is not None}
