@@ -11,9 +11,11 @@ computed: ``d = delta_l``, which it was given, and ``v = F_l(d)``, the gradient 
 .. math:: G_l \leftarrow G_l + \min\left(\frac{\eta \, n_l}{\max(1, n_l / N) \sum_i |d_i|^2},
     \frac{1}{\lambda}\right) \sum_i (v_i - G_l d_i) d_i^\top,
 
-the sums over the N vectors of a global batch whose d is not zero. lambda is no less than the largest eigenvalue of
-:math:`\sum_i d_i d_i^\top`: a longer step diverges where the d have few directions. It is the Frobenius norm of that
-matrix, taken from up to 256 of the vectors of each backward. No forward-mode pass is made and no block waits.
+the sums over the N vectors of a global batch whose d is not zero. Of long samples one position in four is looked at,
+another in each turn: a batch has many more vectors than a map has columns, and all of them teach it no more. lambda is
+no less than the largest eigenvalue of :math:`\sum_i d_i d_i^\top`: a longer step diverges where the d have few
+directions. It is the Frobenius norm of that matrix, taken from up to 256 of the vectors of each backward. No
+forward-mode pass is made and no block waits.
 In this file ``maps[i]`` belongs to boundary i, h_{i+1}: it leads to the gradient there.
 
 Source: ours (METHOD.md, "Block-level feedback, paths and sweeps"); the update is Widrow and Hoff's, normalised.
@@ -24,6 +26,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_EVERY, _ENOUGH = 4, 16  # one position in four is looked at, but for that at least as many in a sample
 
 
 @dataclass
@@ -71,6 +75,7 @@ class BlockMaps:
                     f"got one of shape {tuple(self.G[index].shape)}."
                 )
         self.sums: dict[int, MapSums] = {}
+        self.turn = 0
 
     def product(self, above: Tensor | None = None) -> list[Tensor]:
         """Return B_1 .. B_{L-1}, each ``(n_l, n_y)``.
@@ -87,9 +92,13 @@ class BlockMaps:
                 B[index] = self.G[index] @ factor.to(self.G[index].device)
         return B
 
-    def begin(self) -> None:
-        """Forget the sums of the step before."""
-        self.sums = {}
+    def begin(self, turn: int = 0) -> None:
+        """Forget the sums of the step before.
+
+        Args:
+            turn: number of the step among those in which maps learn; decides which positions of long samples count.
+        """
+        self.sums, self.turn = {}, turn
 
     def apply(self, index: int, d: Tensor) -> Tensor:
         """Return G d for vectors ``(batch, positions, n)`` of the boundary's source, in their dtype."""
@@ -106,6 +115,8 @@ class BlockMaps:
             predicted: G d, ``(batch, positions, n_l)``.
         """
         G = self.G[index]
+        stride = min(_EVERY, max(1, d.shape[1] // _ENOUGH))
+        v, d, predicted = (t[:, self.turn % stride :: stride] for t in (v, d, predicted))
         v, d, predicted = (t.to(G.device, torch.promote_types(t.dtype, torch.float32)) for t in (v, d, predicted))
         v, d, predicted = v.flatten(0, 1), d.flatten(0, 1), predicted.flatten(0, 1)
         squares = d.square().sum(-1)

@@ -146,9 +146,10 @@ class GrapeRun:
             self.began_with = state.state_of(self)
         self.estimates.begin()
         self.measures.begin()
-        for learner in (self.maps, self.rule):
-            if learner is not None:
-                learner.begin()
+        if self.maps is not None:
+            self.maps.begin(step // (self.options.jvp_steps or 1))
+        if self.rule is not None:
+            self.rule.begin()
 
     @property
     def single_block(self) -> bool:

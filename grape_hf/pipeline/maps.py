@@ -57,9 +57,9 @@ class StageMaps:
         self._sent: tuple[Any, Tensor] | None = None
         self._stale = False
 
-    def begin(self) -> None:
-        """Begin an optimiser step."""
-        self.maps.begin()
+    def begin(self, turn: int) -> None:
+        """Begin an optimiser step, the turn of ``BlockMaps.begin``."""
+        self.maps.begin(turn)
 
     def observe(self, inputs: Mapping[int, Tensor], deltas: Mapping[int, Tensor]) -> None:
         """Learn from the backward of one micro-batch.

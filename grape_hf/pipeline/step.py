@@ -123,10 +123,11 @@ class Pipeline:
         self.metrics["calibration/share"] = self.calibration.count / (step + 1)
         every = self.options.alignment_steps
         self._measuring = bool(every) and not self.calibrating and step % every == 0
-        due = feedback.maps is not None and step % (self.options.jvp_steps or 1) == 0
+        turn, rest = divmod(step, self.options.jvp_steps or 1)
+        due = feedback.maps is not None and rest == 0
         self.module.learning, self.module.recording = due and not self.calibrating, self.calibrating
         if feedback.maps is not None:
-            feedback.maps.begin()
+            feedback.maps.begin(turn)
 
     def finish_step(self) -> None:
         """Have the maps learn, or put together what a step of calibration has shown; by all stages."""

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import GPT2
+from problems import transformer
 from torch import Tensor, nn
 
 from grape_hf.core.block_maps import BlockMaps, map_sources
@@ -61,13 +61,25 @@ def test_a_map_comes_from_the_next_boundary_with_the_same_positions():
     assert map_sources([8, 8, 8, 8], [True, True, False, False]) == [1, None, 3, None]
 
 
-def test_the_step_is_that_of_the_equation_in_plain_loops():
-    model = GPT2.model(torch.float64)
-    x = torch.randint(31, (3, 8))
+@pytest.mark.parametrize(
+    ("length", "turn", "looked_at"),
+    [
+        pytest.param(8, 3, range(8), id="short"),
+        pytest.param(31, 3, range(31), id="just-short"),
+        pytest.param(40, 1, range(1, 40, 2), id="half"),
+        pytest.param(64, 6, range(2, 64, 4), id="long"),
+        pytest.param(130, 3, range(3, 130, 4), id="longer"),
+    ],
+)
+def test_the_step_is_that_of_the_equation_in_plain_loops(length, turn, looked_at):
+    torch.manual_seed(length)
+    model = transformer("gpt2", max_position_embeddings=length, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0).double()
+    x = torch.randint(31, (3, length))
     boundaries = Boundaries(list(find_blocks(model).values()))
     n = 16
     maps = BlockMaps([torch.eye(n, **DOUBLE) + 0.1 * torch.randn(n, n, **DOUBLE) for _ in range(2)], [1, None])
     B, eta = maps.product(), 0.3
+    maps.begin(turn)
     with boundaries.attached(), boundaries.broadcast(B, refinement=Refinement(maps, learn=True)) as forwards:
         model(x, labels=x).loss.backward()
     got = maps.refined(maps.total(list), eta)
@@ -86,13 +98,14 @@ def test_the_step_is_that_of_the_equation_in_plain_loops():
         (v,) = torch.autograd.grad(out[0] if isinstance(out, tuple) else out, h, deltas[i + 1])
         step, power, count = torch.zeros(n, n, **DOUBLE), 0.0, 0
         for sample in range(3):
-            for position in range(8):
+            for position in looked_at:
                 d, target = deltas[i + 1][sample, position], v[sample, position]
                 step += torch.outer(target - maps.G[i] @ d, d)
                 power += float(d @ d)
                 count += bool(d.any())
-        assert count == 21  # the last position predicts nothing
-        largest = torch.linalg.matrix_norm(deltas[i + 1].flatten(0, 1).mT @ deltas[i + 1].flatten(0, 1))
+        assert count == 3 * (len(looked_at) - (length - 1 in looked_at))  # the last position predicts nothing
+        d = deltas[i + 1][:, looked_at].flatten(0, 1)
+        largest = torch.linalg.matrix_norm(d.mT @ d)
         expected = maps.G[i] + min(eta * n / max(1, n / count) / power, 1 / largest) * step
         torch.testing.assert_close(got[i], expected)
 
@@ -141,6 +154,18 @@ def test_deltas_in_one_direction_do_not_drive_a_map_away():
         maps.observe(0, d @ true.mT, d, d @ maps.G[0].mT)
         maps.G = maps.refined(maps.total(list), 0.5)
     torch.testing.assert_close(maps.G[0] @ direction, true @ direction, rtol=1e-6, atol=1e-6)
+
+
+def test_in_as_many_turns_every_position_of_a_long_sample_is_looked_at_once():
+    v, d = torch.randn(2, 64, 6, **DOUBLE), torch.randn(2, 64, 3, **DOUBLE)
+    maps, residual, count = random_maps((2, 6, 3)), 0, 0
+    for turn in range(8, 12):
+        maps.begin(turn)
+        maps.observe(0, v, d, d @ maps.G[0].mT)
+        residual += maps.sums[0].residual
+        count += maps.sums[0].count
+    assert count == 2 * 64
+    torch.testing.assert_close(residual, torch.einsum("btm,btn->mn", v - d @ maps.G[0].mT, d))
 
 
 def test_nothing_is_learned_from_nothing():

@@ -14,16 +14,16 @@ from transformers import AutoConfig, AutoModelForImageClassification, AutoModelF
 
 from grape_hf import GrapeTrainer
 
-LAYERS = 4
+LAYERS, LONG = 4, 40
 
 
 def decoder(kind: str, **options: Any) -> Any:
     return lambda: problems.transformer(kind, num_hidden_layers=LAYERS, **options)
 
 
-def gpt2(tied: bool = True, dropout: float = 0.0) -> Any:
+def gpt2(tied: bool = True, dropout: float = 0.0, **options: Any) -> Any:
     drops = dict(embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
-    return decoder("gpt2", tie_word_embeddings=tied, **drops)
+    return decoder("gpt2", tie_word_embeddings=tied, **drops, **options)
 
 
 def frozen(blocks: int) -> Any:
@@ -70,6 +70,12 @@ def vit() -> torch.nn.Module:
     return AutoModelForImageClassification.from_config(config)
 
 
+def long_text(generator: torch.Generator) -> dict[str, Tensor]:
+    """So long that maps look at one position in two."""
+    ids = torch.cat([problems.text(generator)["input_ids"] for _ in range(LONG // problems.POSITIONS)])
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
 def masked_text(generator: torch.Generator) -> dict[str, Tensor]:
     """Some tokens of each sample have a label, of different number."""
     sample = problems.text(generator)
@@ -88,6 +94,7 @@ PROBLEMS = {
     for problem in (
         problems.Problem("gpt2-tied", gpt2(), problems.text),
         problems.Problem("gpt2-untied", gpt2(tied=False), problems.padded_text),
+        problems.Problem("gpt2-long", gpt2(max_position_embeddings=LONG), long_text),
         problems.Problem("gpt2-frozen", frozen(2), problems.text),
         problems.Problem("gpt2-partly-frozen", frozen(1), problems.text),
         problems.Problem("gpt2-dropout", gpt2(dropout=0.1), problems.text),

@@ -56,6 +56,7 @@ RUNS = {
     "local-unit-length": ("gpt2-untied", LOCAL | {"feedback_normalize": True}, ONE),
     "local-padded": ("llama-tied", LOCAL | {CHECKPOINTING: True}, ONE | {"pipeline_split": "1,3"}),
     "local-images": ("vit", LOCAL, ONE),
+    "local-long": ("gpt2-long", LOCAL | {"jvp_steps": 2, "max_steps": 5}, ONE),
     "star-measured": ("gpt2-tied", STAR | ACCUMULATED | MEASURED, ONE),
     "local-measured": ("llama-untied", LOCAL | MEASURED | CALIBRATED, ONE),
     "local-measured-points": ("gpt2-untied", LOCAL | MEASURED | {"feedback_points": 1}, ONE),
