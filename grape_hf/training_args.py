@@ -20,6 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feedback_init": "auto",
         "feedback_rule": "local",
         "feedback_path": "matrix",
+        "feedback_sweeps": 0,
         "feedback_lr": 0.02,
         "feedback_normalize": False,
         "jvp_mode": "auto",
@@ -39,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feedback_init": "gaussian",
         "feedback_rule": "cosine",
         "feedback_path": "matrix",
+        "feedback_sweeps": 0,
         "feedback_lr": 0.1,
         "feedback_normalize": True,
         "jvp_mode": "dual",
@@ -62,16 +64,26 @@ PRESETS["convnet"] = PRESETS["recommended"] | {
     "jvp_fraction": 1.0,
     "jvp_steps": 4,
 }
+# Where blocks have shortcut connections that is no better than no feedback at all. Down the shortcut path the lower
+# blocks learn; one sweep, and maps of what the path leaves out, bring it near to backpropagation (LOG.md).
+PRESETS["resnet"] = PRESETS["recommended"] | {
+    "feedback_space": "hidden",
+    "feedback_sharing": "position",
+    "feedback_path": "shortcut",
+    "feedback_sweeps": 1,
+}
 
 # Whoever gives one of these options of an estimate, and no rule, gets a rule that makes one.
 _OF_ESTIMATES = ("jvp_mode", "jvp_scope", "jvp_passes", "jvp_fraction", "perturbation_space", "calibration_refit")
 
 # Methods without a star, a class each (``grape_hf/methods``).
 BASELINES = ("fa", "forward_gradient", "pepita")
+_BY_MATRIX = {"feedback_path": "matrix", "feedback_sweeps": 0}
 # What a method implies; it wins over the preset, and a value given wins over both.
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
-    "dfa": {"feedback_init": "gaussian"},
+    "dfa": {"feedback_init": "gaussian", **_BY_MATRIX},
     "fdfa": {
+        **_BY_MATRIX,
         "feedback_points": 0,
         "feedback_space": "logits",
         "feedback_init": "zero",
@@ -86,6 +98,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
         "calibration_strategy": "no",
     },
     "dkp": {
+        **_BY_MATRIX,
         "feedback_points": 0,
         "feedback_space": "logits",
         "feedback_init": "gaussian",
@@ -94,10 +107,12 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
         "calibration_strategy": "no",
     },
     **{
-        method: {"feedback_points": 0, "calibration_strategy": "no", "perturbation_space": "activation"}
+        method: _BY_MATRIX | {"feedback_points": 0, "calibration_strategy": "no", "perturbation_space": "activation"}
         for method in BASELINES
     },
 }
+# Whoever gives one of these chooses between the presets for convolutional networks.
+_RESNETS_OWN = {*_OF_ESTIMATES, *(k for k, v in PRESETS["resnet"].items() if v != PRESETS["convnet"][k])}
 # Methods whose B_l learn from estimates of the Jacobians.
 ESTIMATING = ("grape", "fdfa")
 
@@ -165,13 +180,14 @@ class GrapeArgumentsMixin:
             "backward, for plain chains of layers."
         },
     )
-    grape_preset: Literal["auto", "recommended", "convnet", "paper"] = field(
+    grape_preset: Literal["auto", "recommended", "convnet", "resnet", "paper"] = field(
         default="auto",
         metadata={
             "help": "The values of all options below that are not given. `recommended`: what worked best in our "
-            "studies of Transformers. `convnet`: what worked best in our studies of convolutional networks. `auto`: "
-            "`convnet` where the blocks have convolutions, else `recommended`. `paper`: the settings of the GrAPE "
-            "paper (ICLR 2026)."
+            "studies of Transformers. `convnet` and `resnet`: of convolutional networks without and with shortcut "
+            "connections. `auto`: `recommended` where the blocks have no convolutions; else `convnet`, or `resnet` "
+            "where there are shortcuts too, the method is `grape`, and you give none of the options in which these two "
+            "differ. `paper`: the settings of the GrAPE paper (ICLR 2026)."
         },
     )
     blocks: str | None = field(
@@ -223,6 +239,12 @@ class GrapeArgumentsMixin:
         "above, at the very samples of the batch. In most Transformers that is the identity. In ResNets it is masks of "
         "ReLUs and transposed 1 x 1 convolutions. The matrices then stand for the rest. With feedback_rule `local` "
         "they learn it; with method `dfa` there is no rest, unless feedback_init says otherwise.",
+    )
+    feedback_sweeps: Annotated[int | None, Range(int, 0)] = _option(
+        "feedback_sweeps",
+        "How often the errors of all blocks are corrected at once before they are used. Each block sends its error "
+        "back through itself, and the block below gets what came out. As many sweeps as feedback points are ordinary "
+        "backpropagation. Each takes one backward without weight gradients. Not in the paper.",
     )
     feedback_lr: Annotated[float | None, Range(float, 0)] = _option(
         "feedback_lr",
@@ -294,14 +316,6 @@ class GrapeArgumentsMixin:
         metadata={
             "help": "Number of optimiser steps from one measurement of the exact alignment to the next. Each takes one "
             "more forward and backward. 0: it is measured at calibration steps only."
-        },
-    )
-    feedback_sweeps: Annotated[int, Range(int, 0)] = field(
-        default=0,
-        metadata={
-            "help": "How often the errors of all blocks are corrected at once before they are used. Each block sends "
-            "its error back through itself, and the block below gets what came out. As many sweeps as feedback points "
-            "are ordinary backpropagation. Each takes one backward without weight gradients. Not in the paper."
         },
     )
     max_skipped_refinements: Annotated[int, Range(int, 0)] = field(
@@ -513,19 +527,22 @@ def options_of(args: Any) -> GrapeArgumentsMixin:
     return GrapeArgumentsMixin(**{option.name: getattr(args, option.name) for option in _FIELDS})
 
 
-def resolved(options: GrapeArgumentsMixin, convolutional: bool = False) -> GrapeArgumentsMixin:
+def resolved(options: GrapeArgumentsMixin, convolutional: bool = False, shortcuts: bool = False) -> GrapeArgumentsMixin:
     """Return a copy of the options in which none is None but ``blocks``, and ``grape_preset`` is not ``auto``.
 
     Args:
         options: GrAPE's options; they stay as they are.
         convolutional: whether the blocks of the model have convolutions.
+        shortcuts: whether they have shortcut connections that may be used.
 
     Raises:
         ValueError: if options contradict each other.
     """
     given = {option.name: getattr(options, option.name) for option in _FIELDS}
     if options.grape_preset == "auto":
-        given["grape_preset"] = "convnet" if convolutional else "recommended"
+        own = any(given[name] is not None and given[name] is not False for name in _RESNETS_OWN)
+        resnet = shortcuts and options.method == "grape" and not own
+        given["grape_preset"] = ("resnet" if resnet else "convnet") if convolutional else "recommended"
     implied = PRESETS[given["grape_preset"]] | METHOD_OPTIONS.get(options.method, {})
     if options.method == "dfa" and (options.feedback_path or implied["feedback_path"]) == "shortcut":
         implied["feedback_init"] = "zero"  # of what is added to the path

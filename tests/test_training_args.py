@@ -268,6 +268,43 @@ def test_auto_takes_the_settings_for_the_blocks_and_leaves_the_arguments_alone(t
     assert args.to_dict() == before
 
 
+def test_auto_takes_the_settings_for_shortcuts_where_nothing_says_otherwise(tmp_path):
+    def preset(**options: Any) -> str:
+        return resolved(from_keywords(tmp_path, **options), True, True).grape_preset
+
+    options = resolved(from_keywords(tmp_path, alignment_steps=5), True, True)
+    assert options.grape_preset == "resnet"
+    assert {name: getattr(options, name) for name in PRESETS["resnet"]} == PRESETS["resnet"]
+    assert options == resolved(options), "what is resolved stays as it is"
+    # The options in which the two presets differ, and those of an estimate, each by itself.
+    for name, value in {
+        "feedback_points": 2,
+        "feedback_space": "hidden",
+        "feedback_sharing": "none",
+        "feedback_init": "gaussian",
+        "feedback_rule": "local",
+        "feedback_path": "matrix",
+        "feedback_sweeps": 0,
+        "feedback_lr": 0.1,
+        "jvp_mode": "dual",
+        "jvp_scope": "block",
+        "jvp_passes": "per_block",
+        "jvp_fraction": 0.5,
+        "jvp_steps": 2,
+        "perturbation_space": "activation",
+    }.items():
+        others = {"feedback_rule": "lms"} if value == "block" else {}
+        assert preset(**{name: value}, **others) == "convnet", name
+    assert preset(calibration_refit=True, calibration_strategy="epoch") == "convnet"
+    assert preset(calibration_refit=False, calibration_strategy="epoch", feedback_normalize=True) == "resnet"
+    for method in ("dfa", "fdfa", "dkp", "fa", "forward_gradient", "pepita"):
+        assert preset(method=method) == "convnet"
+        # Each of them is what it is elsewhere.
+        given = resolved(from_keywords(tmp_path, method=method, grape_preset="resnet"))
+        assert (given.feedback_path, given.feedback_sweeps) == ("matrix", 0)
+    assert resolved(from_keywords(tmp_path), False, True).grape_preset == "recommended"
+
+
 def test_what_auto_may_stand_for_contradicts_nothing_that_the_other_would_not():
     """So that arguments can be refused before the model is known."""
     values = [
@@ -287,7 +324,12 @@ def test_what_auto_may_stand_for_contradicts_nothing_that_the_other_would_not():
                     refused.append(None)
                 except ValueError as error:
                     refused.append(str(error))
-            assert refused[0] == refused[1], (name, value, other, second)
+            try:  # `resnet`, where what is given lets it be chosen
+                resolved(GrapeArgumentsMixin(**{name: value, other: second}), True, True)
+                refused.append(None)
+            except ValueError as error:
+                refused.append(str(error))
+            assert refused[0] == refused[1] == refused[2], (name, value, other, second)
             differ += refused[0] is not None
     assert differ > 100, "pairs that contradict each other were among them"
 

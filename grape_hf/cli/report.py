@@ -54,6 +54,11 @@ def describe(found: Inspection, name: str, batch: str) -> str:
             f"  one estimate {every}, on {chosen} of {samples} samples, {options.jvp_passes} passes, "
             f"rule {options.feedback_rule}",
         ]
+    if options.feedback_path == "shortcut":
+        lines.append("  the error takes the shortcut connections of the blocks, and B_l adds to it")
+    if options.feedback_sweeps:
+        times = "once" if options.feedback_sweeps == 1 else f"{options.feedback_sweeps} times"
+        lines.append(f"  the errors of all blocks are corrected {times} before they are used")
     bp = found.flops["bp"]
     cost = {"star, in place of the chain": found.flops["star"]}
     if found.jvp_mode is not None:

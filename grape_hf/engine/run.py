@@ -231,7 +231,7 @@ class GrapeRun:
                 for i, b in enumerate(self.feedback.B)
             ]
             by_path = options.feedback_path == "shortcut"
-            refinement = Refinement(self.maps, self.learning, options.feedback_sweeps, by_path)
+            refinement = Refinement(self.maps, self.learning, options.feedback_sweeps or 0, by_path)
             with self.boundaries.broadcast(B, mask, self._keep(), refinement) as forwards:
                 yield forwards
         if self.rule is not None:

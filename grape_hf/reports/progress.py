@@ -98,7 +98,10 @@ def chosen_preset(options: GrapeArgumentsMixin) -> str:
     Args:
         options: GrAPE's options for the model.
     """
-    found = "convolutions in the blocks" if options.grape_preset == "convnet" else "no convolutions in the blocks"
+    found = {
+        "convnet": "convolutions in the blocks",
+        "resnet": "convolutions and shortcut connections in the blocks",
+    }.get(options.grape_preset, "no convolutions in the blocks")
     return f'grape_preset="{options.grape_preset}", as there are {found}.'
 
 

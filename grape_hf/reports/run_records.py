@@ -191,10 +191,11 @@ def read_record(folder: str | Path) -> RunRecord:
     )
     summary.license = None if known is None else known.data.get("license")
     results, measured_at = final_results(state.log_history, best_step(state, args))
+    preset = {entry.get(PRESET) for entry in history}
     return RunRecord(
         folder=folder,
         args=args,
-        options=resolved(options_of(args), any(entry.get(PRESET) == "convnet" for entry in history)),
+        options=resolved(options_of(args), bool(preset & {"convnet", "resnet"}), "resnet" in preset),
         summary=summary,
         card=known or Card(summary.to_model_card()),
         history=history,

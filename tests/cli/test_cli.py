@@ -134,7 +134,19 @@ class TestInspect:
     @pytest.mark.parametrize(
         ("words", "expected"),
         [
-            ("timm:resnet10t --image_size 32 --overrides num_classes=10", "finite differences: the blocks hold conv"),
+            (
+                "timm:resnet10t --image_size 32 --overrides num_classes=10 --feedback_rule lms",
+                "finite differences: the blocks hold conv",
+            ),
+            (
+                "timm:resnet10t --image_size 32 --overrides num_classes=10",
+                'Settings: grape_preset="resnet", as there are convolutions and shortcut connections in the blocks.',
+            ),
+            (
+                "timm:resnet10t --image_size 32 --overrides num_classes=10",
+                "  the error takes the shortcut connections of the blocks, and B_l adds to it\n"
+                "  the errors of all blocks are corrected once before they are used\n",
+            ),
             ("timm:cifar_cnn --overrides num_classes=10", "Batch: 8 images of 3 x 32 x 32"),
             ("timm:mnist_cnn", 'Settings: grape_preset="convnet", as there are convolutions in the blocks.'),
             ("timm:mnist_cnn --grape_preset paper", 'Settings: grape_preset="paper", as asked for.'),
