@@ -71,3 +71,15 @@ def test_streams_in_front_of_the_batch_are_refused():
     run = GrapeRun(model, GrapeArgumentsMixin(blocks="layers", feedback_space="logits"))
     with pytest.raises(RuntimeError, match=r"the batch as the first dimension .* at y .1., found .2."):
         run.start(lambda: model(torch.ones(1, 3, 4)))
+
+
+def test_blocks_that_are_never_called_are_named():
+    class Unused(SideBySide):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x)
+
+    model = Unused()
+    run = GrapeRun(model, GrapeArgumentsMixin(blocks="left"))
+    with pytest.raises(RuntimeError, match=r"does not call these blocks \(2 of them, the first a Layer\), name others"):
+        run.start(lambda: model(torch.ones(1, 4)))
+    assert count_hooks(model) == 0
