@@ -161,12 +161,10 @@ def options_for(model: nn.Module, args: Any) -> GrapeArgumentsMixin:
 
 def _graphs_can_be_used(model: nn.Module, args: Any) -> bool:
     """Whether a block's graph is there to be looked into before its backward, as paths and sweeps need it."""
+    compiled, stages = getattr(args, "torch_compile", False), getattr(args, "pipeline_stages", 1)
     by_accelerate = str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
-    elsewhere = ("torch_compile", "fsdp", "deepspeed")
-    stages = getattr(args, "pipeline_stages", 1)
-    return not (
-        by_accelerate or is_sharded(model) or stages > 1 or any(getattr(args, name, None) for name in elsewhere)
-    )
+    sharded = is_sharded(model) or getattr(args, "fsdp", None) or by_accelerate
+    return not (compiled or stages > 1 or sharded)
 
 
 def have_shortcuts(blocks: Iterable[nn.Module]) -> bool:
