@@ -30,7 +30,7 @@ class Places:
         across: the processes of this stage, one a replica.
         ends: the first and the last stage of this replica.
         world: all processes, for objects and barriers, on the CPU.
-        on_their_way: what was handed up and may not have arrived, with the transfers.
+        on_their_way: the last batches that were handed up, as transfers and what they carry.
     """
 
     stages: int
@@ -44,7 +44,7 @@ class Places:
     across: Any
     ends: Any
     world: Any
-    on_their_way: list[tuple[Any, torch.Tensor]] = field(default_factory=list)
+    on_their_way: list[list[tuple[Any, torch.Tensor]]] = field(default_factory=list)
 
     @property
     def is_first(self) -> bool:
@@ -87,11 +87,19 @@ class Places:
             packed = torch.empty(int(size), dtype=torch.uint8)
             dist.recv(packed, self.first, group=self.batches)
             return pickle.loads(packed.numpy().tobytes())
-        self.on_their_way[:] = [(work, kept) for work, kept in self.on_their_way if not work.is_completed()]
+        # A transfer of gloo's never says that it is done, but to those who wait for it. That of a batch which all stages
+        # have been through is.
+        while len(self.on_their_way) > 1:
+            for work, _ in self.on_their_way.pop(0):
+                work.wait()
         packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        for rank in range(self.first + 1, self.last + 1):
-            for message in (torch.tensor([len(packed)]), packed):
-                self.on_their_way.append((dist.isend(message, rank, group=self.batches), message))
+        self.on_their_way.append(
+            [
+                (dist.isend(message, rank, group=self.batches), message)
+                for rank in range(self.first + 1, self.last + 1)
+                for message in (torch.tensor([len(packed)]), packed)
+            ]
+        )
         return value
 
     def from_last(self, value: Any) -> Any:

@@ -116,6 +116,7 @@ class Trained:
         predictions: of some samples after the training, with their labels and then without.
         parameters: how many numbers this process holds: in parameters, gradients and the optimiser's state.
         files: in the saved folder.
+        batches: how many it still holds of those that it handed up.
     """
 
     weights: dict[str, Tensor]
@@ -123,6 +124,7 @@ class Trained:
     predictions: np.ndarray
     parameters: tuple[int, int, int]
     files: list[str] = field(default_factory=list)
+    batches: int = 0
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -202,7 +204,9 @@ def train(
     )
     weights = load_file(folder / "final" / "model.safetensors") if made.args.process_index == 0 else {}
     files = sorted(file.name for file in (folder / "final").iterdir())
-    return Trained(weights, made.state.log_history, np.asarray(predictions), numbers, files)
+    pipeline = getattr(made, "_pipeline", None)  # a stock Trainer has none
+    batches = 0 if pipeline is None else len(pipeline.places.on_their_way)
+    return Trained(weights, made.state.log_history, np.asarray(predictions), numbers, files, batches)
 
 
 def run_many(runs: dict[str, tuple[str, Path, dict[str, Any]]]) -> dict[str, Trained]:

@@ -79,6 +79,7 @@ LARGER = {
 def compare(ours: list[stages.Trained], alone: stages.Trained, apart: tuple[str, ...] = ()) -> None:
     assert_same(ours[0].weights, alone.weights, **CLOSE)
     assert ours[0].files == alone.files
+    assert [stage.batches for stage in ours if stage.batches > 2] == [], "batches are let go"
     for stage in ours:
         np.testing.assert_allclose(stage.predictions, alone.predictions, atol=1e-12)
         assert len(stage.log) == len(alone.log)
