@@ -2,7 +2,8 @@ r"""How long does a batch take over pipeline stages: backpropagation on torch's 
 
     python recipes/benchmarks/pipeline.py                    # two stages, two free cores, about half an hour
     python recipes/benchmarks/pipeline.py --quick            # a look: one minute
-    python recipes/benchmarks/pipeline.py --stages 3
+    python recipes/benchmarks/pipeline.py --stages 3         # on three cores
+    python recipes/benchmarks/pipeline.py --stages 6 --asleep    # on any number of them
 
 A GPT-2 of 8 layers, d 256, context 128, batch 8, vocabulary 2,048, random tokens, float32, AdamW, no clipping. Each
 stage is a process pinned to a core. All methods take turns: in each round every one trains for a burst of batches, of
@@ -15,6 +16,10 @@ the median over rounds and the quartiles.
   want as many micro-batches as stages, or more.
 - ``delayed``: backpropagation whose lower stages use gradients of earlier batches and so wait for nothing. Activations
   and weights of a gradient are of different steps; only its time is of interest here.
+
+With ``--asleep`` a small model sleeps where the large one would compute: a block 40 ms of a whole batch in its forward
+and 80 ms in its backward, the head half as long. Processes, schedules and transfers are as ever. This shows who waits
+for whom, over more stages than there are cores, and nothing about what computation costs.
 
 Writes a table (Markdown, CSV), all figures (JSON), and a plot into recipes/benchmarks/results. The JSON has the times
 of single blocks as well, for pipeline_simulator.py.
@@ -57,6 +62,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "star, local maps": {"method": "grape", "feedback_rule": "local", "jvp_steps": 1},
 }
 LEFT_OUT = 2  # batches at the beginning of a burst
+ASLEEP = {"layers": 12, "width": 16, "length": 16, "vocabulary": 64, "steps": 4, "rounds": 2}
+NAP = 0.04  # seconds of a block's forward, for a whole batch
 QUICK = {"layers": 4, "width": 64, "length": 32, "steps": 5, "rounds": 2, "micro_batches": [1, 2]}
 
 Burst = Callable[[], float]  # trains for a burst, and returns the seconds of a batch
@@ -79,15 +86,17 @@ def main() -> None:
     result = found[0] | {"setting": setting, "machine": platform.processor() or platform.machine()}
     result["torch"] = torch.__version__
     RESULTS.mkdir(exist_ok=True)
-    name = f"pipeline_cpu_{setting['stages']}{'_quick' if setting['quick'] else ''}"
+    kind = "asleep" if setting["asleep"] else "cpu"
+    name = f"pipeline_{kind}_{setting['stages']}{'_quick' if setting['quick'] else ''}"
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     rows = rows_of(result)
-    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
     (RESULTS / f"{name}.md").write_text(table(rows, setting))
-    plot(rows, RESULTS / f"{name}.png")
+    if not setting["asleep"]:
+        with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        plot(rows, RESULTS / f"{name}.png")
     print(table(rows, setting))
 
 
@@ -99,8 +108,9 @@ def read_setting() -> dict[str, Any]:
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")
     parser.add_argument("--micro_batches", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
     parser.add_argument("--quick", action="store_true", help="a small model and few rounds")
+    parser.add_argument("--asleep", action="store_true", help="sleep in the place of computing")
     setting = vars(parser.parse_args())
-    return setting | (QUICK if setting["quick"] else {})
+    return setting | (ASLEEP if setting["asleep"] else {}) | (QUICK if setting["quick"] else {})
 
 
 def work(rank: int, setting: dict[str, Any], queue: Any) -> None:
@@ -123,10 +133,12 @@ def work(rank: int, setting: dict[str, Any], queue: Any) -> None:
                 bursts[f"trainer {kind}", micro_batches] = under_the_trainer(trainer, setting)
                 if kind != "star, local maps":  # maps learn between batches
                     bursts[f"bare {kind}", micro_batches] = bare(trainer, setting)
-            if micro_batches % setting["stages"] == 0 and setting["layers"] >= 2 * setting["stages"]:
+            chunks = micro_batches % setting["stages"] == 0 and setting["layers"] >= 2 * setting["stages"]
+            if chunks and not setting["asleep"]:  # torch's split backward does not bear a function of our own
                 bursts["interleaved", micro_batches] = in_chunks(ScheduleInterleaved1F1B, setting, micro_batches)
                 bursts["zero-bubble", micro_batches] = in_chunks(ScheduleInterleavedZeroBubble, setting, micro_batches)
-            bursts["delayed", micro_batches] = delayed(setting, micro_batches)
+            if not setting["asleep"]:
+                bursts["delayed", micro_batches] = delayed(setting, micro_batches)
         times: dict[str, list[float]] = defaultdict(list)
         for _ in range(setting["rounds"]):
             for (method, micro_batches), burst in bursts.items():
@@ -159,7 +171,35 @@ def config_of(setting: dict[str, Any]) -> GPT2Config:
 def model_of(setting: dict[str, Any]) -> GPT2LMHeadModel:
     """Make the model, the same on every process."""
     torch.manual_seed(0)
-    return GPT2LMHeadModel(config_of(setting))
+    model = GPT2LMHeadModel(config_of(setting))
+    if setting["asleep"]:
+        for block in model.transformer.h:
+            block.register_forward_hook(partial(_nap, NAP / setting["batch"]))
+        model.lm_head.register_forward_hook(partial(_nap, NAP / 2 / setting["batch"]))
+    return model
+
+
+class Nap(torch.autograd.Function):
+    """Nothing, which takes its time: so many seconds, and twice as many in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, seconds: float) -> Tensor:
+        """Sleep."""
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Sleep twice as long."""
+        time.sleep(2 * ctx.seconds)
+        return gradient, None
+
+
+def _nap(a_row: float, module: nn.Module, args: Any, output: Any) -> Any:
+    h = output[0] if isinstance(output, tuple) else output
+    slept = Nap.apply(h, a_row * len(h))
+    return (slept, *output[1:]) if isinstance(output, tuple) else slept
 
 
 def tokens(setting: dict[str, Any], rows: int) -> Tensor:
@@ -461,9 +501,10 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]], setting: dict[str, Any]) -> str:
     """Write the rows in Markdown."""
+    each = "asleep in the place of computing" if setting["asleep"] else "a core each"
     lines = [
         f"GPT-2, {setting['layers']} layers, d {setting['width']}, context {setting['length']}, batch "
-        f"{setting['batch']}, {setting['stages']} stages, a core each; {setting['rounds']} rounds of "
+        f"{setting['batch']}, {setting['stages']} stages, {each}; {setting['rounds']} rounds of "
         f"{setting['steps']} batches. Ratio: to the faster of bare GPipe and 1F1B, in the same round.",
         "",
         "| method | micro-batches | s per batch | quartiles | ratio | MiB sent |",

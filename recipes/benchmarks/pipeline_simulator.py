@@ -4,9 +4,10 @@ r"""How long would a batch take over 2 to 64 stages? Reckoned from the measured 
     python recipes/benchmarks/pipeline_simulator.py --blocks 64 --hop 0.001
 
 It reads recipes/benchmarks/results/pipeline_cpu_K.json, where pipeline.py has put the times of a block, the head and a
-transfer, and of whole batches. First it reckons the batches that were measured, and states how far off it is. Then it
-gives every method's time over many stages, in those of 1F1B, for one micro-batch and for more. All stages have equally
-many blocks, the head is left out, and no stage waits for the others at the end of a batch.
+transfer, and of whole batches, and pipeline_asleep_K.json, where stages slept in the place of computing. First it
+reckons the batches that were measured, and states how far off it is. Then it gives every method's time over many
+stages, in those of 1F1B, for one micro-batch and for more. All stages have equally many blocks, the head is left out,
+and no stage waits for the others at the end of a batch.
 
 One micro-batch and many stages are where the paper's "a third of backpropagation" holds: the star fills the pipeline
 with forwards alone. With many more micro-batches than stages every schedule is near the work itself, and it is gone.
@@ -40,11 +41,13 @@ MEASURED: dict[str, Method] = {
 def main() -> None:
     """Check against what was measured; reckon, write and draw the rest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, nargs="+", help="default: all pipeline_cpu_K.json there are")
+    parser.add_argument("--results", type=Path, nargs="+", help="default: all that pipeline.py has left")
     parser.add_argument("--blocks", type=int, default=0, help="of the model; default: one a stage")
     parser.add_argument("--hop", type=float, help="seconds of a transfer; default: as measured")
     options = parser.parse_args()
-    found = options.results or sorted(p for p in RESULTS.glob("pipeline_cpu_?.json"))
+    found = options.results or [
+        p for kind in ("cpu", "asleep") for p in sorted(RESULTS.glob(f"pipeline_{kind}_?.json"))
+    ]
     if not found:
         raise SystemExit(f"nothing to reckon with in {RESULTS}: run recipes/benchmarks/pipeline.py first.")
     results = [json.loads(path.read_text()) for path in found]
@@ -79,6 +82,7 @@ def compared(result: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "stages": count,
+                "asleep": setting.get("asleep", False),
                 "method": name,
                 "micro_batches": int(number),
                 "measured": measured,
@@ -119,13 +123,17 @@ def report(errors: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     lines += ["| ---: | --- | ---: | ---: | ---: | ---: |"]
     for row in errors:
         lines.append(
-            f"| {row['stages']} | {row['method']} | {row['micro_batches']} | {row['measured']:.4f} | "
-            f"{row['reckoned']:.4f} | {row['error']:+.1%} |"
+            f"| {row['stages']}{', asleep' * row['asleep']} | {row['method']} | {row['micro_batches']} | "
+            f"{row['measured']:.4f} | {row['reckoned']:.4f} | {row['error']:+.1%} |"
         )
-    middle = statistics.median(abs(row["error"]) for row in errors)
+    for count, asleep in dict.fromkeys((row["stages"], row["asleep"]) for row in errors):
+        sizes = [abs(row["error"]) for row in errors if (row["stages"], row["asleep"]) == (count, asleep)]
+        lines += [
+            "",
+            f"Error over {count} stages{' that sleep' * asleep}, without its sign: median "
+            f"{statistics.median(sizes):.1%}, largest {max(sizes):.1%}.",
+        ]
     lines += [
-        "",
-        f"Median error, without its sign: {middle:.1%}.",
         "",
         "Reckoned time of a batch, in those of 1F1B:",
         "",

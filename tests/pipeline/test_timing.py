@@ -70,4 +70,8 @@ def test_the_simulator_says_how_far_off_it_is():
     assert {row["ratio"] for row in rows if row["method"] == "1f1b"} == {1.0}
     text = pipeline_simulator.report([row], rows)
     assert "| 2 | bare gpipe | 1 | 24.0000 | 12.0000 | -50.0% |" in text
+    assert "Error over 2 stages, without its sign: median 50.0%, largest 50.0%." in text
+    text = pipeline_simulator.report([row, row | {"asleep": True, "error": 0.1, "stages": 6}], rows)
+    assert "| 6, asleep | bare gpipe | 1 | 24.0000 | 12.0000 | +10.0% |" in text
+    assert "Error over 6 stages that sleep, without its sign: median 10.0%, largest 10.0%." in text
     assert "| 64 | 1 | 1.00 | 1.00 |" in text
