@@ -87,8 +87,8 @@ class Places:
             packed = torch.empty(int(size), dtype=torch.uint8)
             dist.recv(packed, self.first, group=self.batches)
             return pickle.loads(packed.numpy().tobytes())
-        # A transfer of gloo's says that it is done to those alone who wait for it. That of the batch before last is: all
-        # stages have been through it.
+        # A transfer of gloo's says that it is done to those alone who wait for it. That of the batch before last is, as
+        # all stages have been through that batch.
         while len(self.on_their_way) > 1:
             for work, _ in self.on_their_way.pop(0):
                 work.wait()
