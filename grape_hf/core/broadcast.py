@@ -42,7 +42,7 @@ class Refinement:
 
 
 NO_REFINEMENT = Refinement()
-_REENTRANT = 'Reentrant activation checkpointing does this: set gradient_checkpointing_kwargs={"use_reentrant": False}.'
+REENTRANT = 'Reentrant activation checkpointing does this: set gradient_checkpointing_kwargs={"use_reentrant": False}.'
 
 
 class BroadcastMode(FollowingMode):
@@ -166,7 +166,7 @@ def refuse_recomputed(index: int, h: Tensor, block: nn.Module) -> None:
     if type(h.grad_fn).__name__ == "CheckpointFunctionBackward":
         raise RuntimeError(
             f"the output of block {index + 1} ({type(block).__name__}) is recomputed in the backward, where its graph "
-            f"is not cut. {_REENTRANT}"
+            f"is not cut. {REENTRANT}"
         )
 
 
@@ -175,5 +175,5 @@ def check_gradient(index: int, h: Tensor, block: nn.Module) -> None:
     if not h.requires_grad and any(p.requires_grad for p in block.parameters()):
         raise RuntimeError(
             f"the output of block {index + 1} ({type(block).__name__}) carries no gradient although the block has "
-            f"weights to train. {_REENTRANT}"
+            f"weights to train. {REENTRANT}"
         )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
-from grape_hf.core.broadcast import check_gradient, refuse_recomputed
+from grape_hf.core.broadcast import REENTRANT, check_gradient, refuse_recomputed
 from grape_hf.pipeline.feedback import StageFeedback
 from grape_hf.pipeline.look import Extent
 from grape_hf.pipeline.places import Places
@@ -198,6 +198,8 @@ class FeedbackStage(PipelineStage):
             return
         self.fwd_cache.pop(bwd_chunk_id)
         waiting = self._waiting[bwd_chunk_id]
+        if self.is_last and waiting.y is None:
+            raise RuntimeError(f"the last block left no output that a gradient could get to. {REENTRANT}")
         if waiting.y is not None:
             loss.backward()
             assert waiting.y.grad is not None

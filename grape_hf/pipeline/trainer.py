@@ -37,6 +37,7 @@ class PipelineMixin(_Base):
     """
 
     _pipeline: "Pipeline | None" = None
+    _whole: dict[str, Tensor] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -221,15 +222,25 @@ class PipelineMixin(_Base):
 
     # Checkpoints
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Gather the whole model, and save it on the first stage; to be called by all processes, as ever."""
+        pipeline = self._pipeline
+        if pipeline is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        # In transformers 5.17 the main process alone gets to `_save`, in 5.23 all do.
+        self._whole = checkpoints.whole_state_dict(pipeline.split, pipeline.places)
+        super().save_model(output_dir, _internal_call)
+        if self._whole is None:
+            pipeline.places.wait()  # until it is written; what the main process does then may take long
+        self._whole = None
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self._pipeline is None:
             super()._save(output_dir, state_dict)
-            return
-        places = self._pipeline.places
-        whole = checkpoints.whole_state_dict(self._pipeline.split, places)
-        if whole is not None:
-            super()._save(output_dir, whole)
-        places.wait()
+        elif self._whole is not None:
+            super()._save(output_dir, self._whole)
+            self._pipeline.places.wait()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._pipeline is None:
