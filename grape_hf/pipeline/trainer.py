@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from grape_hf.pipeline import checkpoints
@@ -140,7 +141,8 @@ class PipelineMixin(_Base):
         def compute_loss(part: dict[str, Any], items: Any) -> tuple[Tensor, Any]:
             return type(self).compute_loss(self, self.model, part, return_outputs=True, num_items_in_batch=items)
 
-        scaled = self.loss_is_scaled_for_ga if hasattr(self, "loss_is_scaled_for_ga") else None
+        # transformers 5.17 does not heed it.
+        scaled = self.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
         if scaled is None:
             by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = by_model or self.compute_loss_func is not None
