@@ -17,8 +17,8 @@ the median over rounds and the quartiles.
 - ``delayed``: backpropagation whose lower stages use gradients of earlier batches and so wait for nothing. Activations
   and weights of a gradient are of different steps; only its time is of interest here.
 
-With ``--asleep`` a small model sleeps where the large one would compute: a block 40 ms of a whole batch in its forward
-and 80 ms in its backward, the head half as long. Processes, schedules and transfers are as ever. This shows who waits
+With ``--asleep`` a small model sleeps where the large one would compute: a block 20 ms of a whole batch in its forward
+and 40 ms in its backward, the head half as long. Processes, schedules and transfers are as ever. This shows who waits
 for whom, over more stages than there are cores, and nothing about what computation costs.
 
 Writes a table (Markdown, CSV), all figures (JSON), and a plot into recipes/benchmarks/results. The JSON has the times
@@ -63,7 +63,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 LEFT_OUT = 2  # batches at the beginning of a burst
 ASLEEP = {"layers": 12, "width": 16, "length": 16, "vocabulary": 64, "steps": 4, "rounds": 2}
-NAP = 0.04  # seconds of a block's forward, for a whole batch
+NAP = 0.02  # seconds of a block's forward, for a whole batch
 QUICK = {"layers": 4, "width": 64, "length": 32, "steps": 5, "rounds": 2, "micro_batches": [1, 2]}
 
 Burst = Callable[[], float]  # trains for a burst, and returns the seconds of a batch
