@@ -1,6 +1,7 @@
 """An inspection in words and figures, for a terminal."""
 
 from grape_hf.cli.inspection import Boundary, Inspection
+from grape_hf.reports.card_texts import times
 
 _LINES = 14  # of blocks that are listed one by one; of more, the first and last of each run of like ones
 _MEMORY = {
@@ -57,8 +58,7 @@ def describe(found: Inspection, name: str, batch: str) -> str:
     if options.feedback_path == "shortcut":
         lines.append("  the error takes the shortcut connections of the blocks, and B_l adds to it")
     if options.feedback_sweeps:
-        times = "once" if options.feedback_sweeps == 1 else f"{options.feedback_sweeps} times"
-        lines.append(f"  the errors of all blocks are corrected {times} before they are used")
+        lines.append(f"  the errors of all blocks are corrected {times(options.feedback_sweeps)} before they are used")
     bp = found.flops["bp"]
     cost = {"star, in place of the chain": found.flops["star"]}
     if found.jvp_mode is not None:

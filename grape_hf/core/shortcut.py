@@ -68,9 +68,12 @@ def shortcut_feedback(
     return B
 
 
+def shortcuts_of(block: nn.Module) -> list[nn.Module]:
+    """Return the modules on a block's shortcut connections, by the names that timm and transformers give them."""
+    return [m for name, m in block.named_modules() if name.split(".")[-1] in SHORTCUTS]
+
+
 def _branch(block: nn.Module) -> list[nn.Parameter]:
     """The parameters of a block that are not on its shortcut."""
-    on_shortcut = {
-        id(p) for name, m in block.named_modules() if name.split(".")[-1] in SHORTCUTS for p in m.parameters()
-    }
+    on_shortcut = {id(p) for m in shortcuts_of(block) for p in m.parameters()}
     return [p for p in block.parameters() if id(p) not in on_shortcut]

@@ -5,18 +5,17 @@ does not suit the model is refused. Nothing here is remembered from step to step
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from accelerate.utils import str_to_bool
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from grape_hf.core.blocks import find_blocks, find_encoder, find_head
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError
 from grape_hf.core.calls import Calls
 from grape_hf.core.layout import Layout
-from grape_hf.core.shortcut import SHORTCUTS
+from grape_hf.core.shortcut import shortcuts_of
 from grape_hf.engine.probe import BatchNotFirstError, Probe, look
 from grape_hf.engine.ranks import is_sharded
 from grape_hf.training_args import BASELINES, GrapeArgumentsMixin, options_of, resolved
@@ -156,20 +155,15 @@ def options_for(model: nn.Module, args: Any) -> GrapeArgumentsMixin:
     if options.grape_preset != "auto" or options.method in ("bp", *BASELINES):
         return resolved(options)
     blocks = list(find_blocks(model, options.blocks).values())
-    return resolved(options, are_convolutional(blocks), have_shortcuts(blocks) and _graphs_can_be_used(model, args))
+    shortcuts = any(map(shortcuts_of, blocks)) and _graphs_can_be_used(model, args)
+    return resolved(options, are_convolutional(blocks), shortcuts)
 
 
 def _graphs_can_be_used(model: nn.Module, args: Any) -> bool:
     """Whether a block's graph is there to be looked into before its backward, as paths and sweeps need it."""
     compiled, stages = getattr(args, "torch_compile", False), getattr(args, "pipeline_stages", 1)
-    by_accelerate = str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
-    sharded = is_sharded(model) or getattr(args, "fsdp", None) or by_accelerate
+    sharded = is_sharded(model) or getattr(args, "fsdp", None) or parse_flag_from_env("ACCELERATE_USE_FSDP")
     return not (compiled or stages > 1 or sharded)
-
-
-def have_shortcuts(blocks: Iterable[nn.Module]) -> bool:
-    """Return whether some of the blocks have a shortcut connection, by the names that timm and transformers give it."""
-    return any(name.split(".")[-1] in SHORTCUTS for block in blocks for name, _ in block.named_modules())
 
 
 def are_convolutional(blocks: Iterable[nn.Module]) -> bool:

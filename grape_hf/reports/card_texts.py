@@ -133,7 +133,11 @@ def about(options: GrapeArgumentsMixin) -> str:
     if options.learns_by_maps:
         text = text.replace(_LEARNED, _BY_MAPS)
     if options.method in ("grape", "dfa"):
-        times = "once" if options.feedback_sweeps == 1 else f"{options.feedback_sweeps} times"
         text += _PATH if options.feedback_path == "shortcut" else ""
-        text += _SWEEPS.format(times=times) if options.feedback_sweeps else ""
+        text += _SWEEPS.format(times=times(options.feedback_sweeps)) if options.feedback_sweeps else ""
     return text
+
+
+def times(number: int) -> str:
+    """Say how often."""
+    return "once" if number == 1 else f"{number} times"

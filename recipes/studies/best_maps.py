@@ -6,7 +6,7 @@ The model and the data are those of ``language_model.yaml``, trained by plain ba
 its training split, v, the exact gradient at a block's input, is predicted from what a map might be given, by ridge
 regression: from d, the exact gradient at the block's output, at the same position; with the next position's d; with the
 mean of the later ones; with d over the size of h; with d as the block's own attention would bring it back; and with
-products of d and the largest principal components of h, which make the map depend on the token. The same from e, the
+products of d and some projections of h, which make the map depend on the token. The same from e, the
 gradient at the last block's output, in the place of d: what B_l could be at best. Last, the deltas that the best plain
 maps give, without a sweep, and with one and two.
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # a script sees its own folder alone
 from token_blocks import load
 
 HERE = Path(__file__).parent
@@ -128,7 +128,7 @@ def _by_attention(d: Tensor, attention: Tensor) -> Tensor:
     return torch.einsum("bhts,btn->bshn", attention, d).flatten(2)
 
 
-def _by_components(d: Tensor, h: Tensor, number: int = 8) -> Tensor:
+def _by_projections(d: Tensor, h: Tensor, number: int = 8) -> Tensor:
     """Multiply d by the values of the batch's normed h along fixed directions."""
     normed = F.layer_norm(h, h.shape[-1:])
     directions = torch.linalg.qr(torch.randn(h.shape[-1], number, generator=torch.Generator().manual_seed(0)))[0]
@@ -143,7 +143,7 @@ FEATURES: dict[str, Callable[[Tensor, Tensor, Tensor], list[Tensor]]] = {
     "and the mean of later ones": lambda d, h, a: [d, _later(d)],
     "and d over the size of h": lambda d, h, a: [d, d / h.square().mean(-1, keepdim=True).sqrt()],
     "and d along the block's attention": lambda d, h, a: [d, _by_attention(d, a)],
-    "and d times 8 projections of h": lambda d, h, a: [d, _by_components(d, h)],
+    "and d times 8 projections of h": lambda d, h, a: [d, _by_projections(d, h)],
 }
 
 
