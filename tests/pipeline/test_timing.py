@@ -71,6 +71,8 @@ def test_the_simulator_says_how_far_off_it_is():
     text = pipeline_simulator.report([row], rows)
     assert "| 2 | bare gpipe | 1 | 24.0000 | 12.0000 | -50.0% |" in text
     assert "Error over 2 stages, without its sign: median 50.0%, largest 50.0%." in text
+    text = pipeline_simulator.report([row, row | {"error": 0.1}], rows)
+    assert "Error over 2 stages, without its sign: median 30.0%, largest 50.0%." in text
     text = pipeline_simulator.report([row, row | {"asleep": True, "error": 0.1, "stages": 6}], rows)
     assert "| 6, asleep | bare gpipe | 1 | 24.0000 | 12.0000 | +10.0% |" in text
     assert "Error over 6 stages that sleep, without its sign: median 10.0%, largest 10.0%." in text
