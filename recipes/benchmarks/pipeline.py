@@ -137,8 +137,7 @@ def work(rank: int, setting: dict[str, Any], queue: Any) -> None:
             if chunks and not setting["asleep"]:  # torch's split backward does not bear a function of our own
                 bursts["interleaved", micro_batches] = in_chunks(ScheduleInterleaved1F1B, setting, micro_batches)
                 bursts["zero-bubble", micro_batches] = in_chunks(ScheduleInterleavedZeroBubble, setting, micro_batches)
-            if not setting["asleep"]:
-                bursts["delayed", micro_batches] = delayed(setting, micro_batches)
+            bursts["delayed", micro_batches] = delayed(setting, micro_batches)
         times: dict[str, list[float]] = defaultdict(list)
         for _ in range(setting["rounds"]):
             for (method, micro_batches), burst in bursts.items():
@@ -373,10 +372,6 @@ def delayed(setting: dict[str, Any], micro_batches: int) -> Burst:
                 sent.append((dist.isend(came.grad, rank - 1), came.grad))
 
     def batch(number: int) -> None:
-        if number == 0:  # what the burst before left on its way
-            while waiting:
-                backward(waiting.pop(0))
-            dist.barrier()
         made = []
         for ids in parts:
             if rank:
@@ -403,7 +398,15 @@ def delayed(setting: dict[str, Any], micro_batches: int) -> Burst:
         while len(sent) > 4 * micro_batches:
             sent.pop(0)[0].wait()
 
-    return looped(setting, batch)
+    run = looped(setting, batch)
+
+    def burst() -> float:
+        took = run()
+        while waiting:  # or the next burst's gradients would be taken for these
+            backward(waiting.pop(0))
+        return took
+
+    return burst
 
 
 def parts(setting: dict[str, Any]) -> dict[str, Any]:
