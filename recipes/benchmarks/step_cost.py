@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -42,7 +42,15 @@ import torch
 import transformers
 import yaml
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
 from grape_hf.engine.star_engine import StarEngine
@@ -59,13 +67,13 @@ def main() -> None:
     setting = read_setting()
     torch.set_num_threads(setting["threads"])
     transformers.logging.set_verbosity_error()
-    memory = measure_memory(setting)
+    memory = measure_memory(setting) if setting["memory"] else {}
     with tempfile.TemporaryDirectory() as scratch:
         times, parts = measure_times(setting, Path(scratch))
     result = {"setting": setting, "machine": machine(setting), "step_s": times, "parts_s": parts, "memory": memory}
     folder = TOP / setting["output_dir"]
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"step_cost_{setting['model']}_{setting['device']}_{setting['threads']}"
+    name = f"step_cost_{setting['model']}_{setting['device']}_{'bf16' if setting['bf16'] else setting['threads']}"
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     text = table(result)
     (folder / f"{name}.md").write_text(text)
@@ -88,12 +96,13 @@ class Clock(TrainerCallback):
     """Read the time at the end of each step; within steps, add up the time between seams, if ``in_parts``.
 
     Args:
-        now: the time in seconds, once the device has nothing left to do.
-        in_parts: on CUDA reading the clock makes the host wait for the device, so parts have bursts of their own.
+        now: the time in seconds; unless told not to, it waits until the device has nothing left to do.
+        in_parts: on CUDA the seams make the host wait for the device, so parts have bursts of their own.
+        waits: the steps at whose end the host waits for the device, where it waits at no seam.
     """
 
-    def __init__(self, now: Callable[[], float], in_parts: bool = False) -> None:
-        self.now, self.in_parts = now, in_parts
+    def __init__(self, now: Callable[[bool], float], in_parts: bool = False, waits: Sequence[int] = ()) -> None:
+        self.now, self.in_parts, self.waits = now, in_parts, waits
         self.ends: list[float] = []
         self.parts: list[dict[str, float]] = []
         self._optimiser = 0.0
@@ -104,9 +113,9 @@ class Clock(TrainerCallback):
         if not self.in_parts:
             yield
             return
-        start = self.now()
+        start = self.now(True)
         yield
-        self.parts[-1][name] += self.now() - start
+        self.parts[-1][name] += self.now(True) - start
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Open the account of a step."""
@@ -114,15 +123,15 @@ class Clock(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Start of the optimiser's part."""
-        self._optimiser = self.now() if self.in_parts else 0.0
+        self._optimiser = self.now(True) if self.in_parts else 0.0
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """End of the optimiser's part."""
-        self.parts[-1]["optimiser"] += self.now() - self._optimiser if self.in_parts else 0.0
+        self.parts[-1]["optimiser"] += self.now(True) - self._optimiser if self.in_parts else 0.0
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """Read the clock."""
-        self.ends.append(self.now())
+        self.ends.append(self.now(self.in_parts or state.global_step in self.waits))
 
 
 def text(setting: dict[str, Any]) -> tuple[nn.Module, list[dict[str, Any]], dict[str, Any]]:
@@ -182,6 +191,7 @@ def make_trainer(setting: dict[str, Any], options: dict[str, Any], clock: Clock,
         report_to="none",
         disable_tqdm=True,
         use_cpu=setting["device"] == "cpu",
+        bf16=bool(setting["bf16"]),
         dataloader_pin_memory=setting["device"] != "cpu",
         **usual,
         **options,
@@ -223,10 +233,11 @@ def put_seams(trainer: Trainer, clock: Clock) -> None:
 def measure_times(setting: dict[str, Any], scratch: Path) -> tuple[dict[str, list[list[float]]], dict[str, Any]]:
     """Return the seconds of each step, by method and round, and each method's mean step in parts."""
     now = clock_of(setting)
+    waits = (setting["warmup"], setting["warmup"] + setting["steps"])  # a burst's mean needs no others
     trainers, clocks = {}, {}
     for in_parts in (False, True):
         for name, options in setting["methods"].items():
-            clocks[name, in_parts] = Clock(now, in_parts)
+            clocks[name, in_parts] = Clock(now, in_parts, waits)
             trainers[name, in_parts] = make_trainer(setting, options, clocks[name, in_parts], scratch)
     times: dict[str, list[list[float]]] = {name: [] for name in setting["methods"]}
     parts: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in setting["methods"]}
@@ -252,12 +263,12 @@ def measure_times(setting: dict[str, Any], scratch: Path) -> tuple[dict[str, lis
     return times, {name: {part: statistics.median(s) for part, s in found.items()} for name, found in parts.items()}
 
 
-def clock_of(setting: dict[str, Any]) -> Callable[[], float]:
+def clock_of(setting: dict[str, Any]) -> Callable[[bool], float]:
     """Return the clock that the setting asks for."""
     read = time.perf_counter if setting["clock"] == "wall" else time.process_time
 
-    def now() -> float:
-        if setting["device"] == "cuda":
+    def now(wait: bool) -> float:
+        if wait and setting["device"] == "cuda":
             torch.cuda.synchronize()
         return read()
 
@@ -300,7 +311,7 @@ def peak_memory(setting: dict[str, Any], options: dict[str, Any]) -> dict[str, i
 
 def train_once(setting: dict[str, Any], options: dict[str, Any], folder: Path) -> None:
     """Train one Trainer for one burst."""
-    make_trainer(setting, options, Clock(time.perf_counter), folder).train()
+    make_trainer(setting, options, Clock(lambda wait: time.perf_counter()), folder).train()
 
 
 def machine(setting: dict[str, Any]) -> dict[str, str]:
@@ -321,25 +332,27 @@ def table(result: dict[str, Any]) -> str:
     usual = [statistics.fmean(burst) for burst in times[first]]
     shape = "GPT-2, {layers} layers, d={width}, context {context}, batch {batch}, vocabulary {vocab_size}"
     shape = (shape if setting["model"] == "gpt2" else "{model}, {side} x {side}, batch {batch}").format(**setting)
+    number = "bf16" if setting["bf16"] else "float32"
     where = f"{setting['threads']} thread(s), " if setting["device"] == "cpu" else ""
+    memory_names = " memory | with activation checkpointing | target |"
     lines = [
-        f"{shape}; float32, {where}{result['machine']['device']}, torch {result['machine']['torch']}, "
+        f"{shape}; {number}, {where}{result['machine']['device']}, torch {result['machine']['torch']}, "
         f"transformers {result['machine']['transformers']}. Ratios to the {first}, whose step takes "
         f"{1e3 * statistics.median(usual):.0f} ms ({setting['clock']} clock): median of {setting['rounds']} rounds of "
-        f"{setting['steps']} steps, and their quartiles. Memory: peak of all tensors.",
+        f"{setting['steps']} steps, and their quartiles. {'Memory: peak of all tensors.' if memory else ''}".strip(),
         "",
-        "| method | step | quartiles | target | memory | with activation checkpointing | target |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| method | step | quartiles | target |" + memory_names * bool(memory),
+        "| --- | --- | --- | --- |" + " --- | --- | --- |" * bool(memory),
     ]
     for name, bursts in times.items():
         ratios = [statistics.fmean(burst) / u for burst, u in zip(bursts, usual, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         target = setting["targets"].get(name, {})
-        ratio = {kind: peak["tensors"] / memory[first][kind]["tensors"] for kind, peak in memory[name].items()}
-        lines.append(
-            f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} | {target.get('time', '')} | {ratio['plain']:.3f} | "
-            f"{ratio.get('checkpointing', math.nan):.3f} | {target.get('memory', '')} |"
-        )
+        lines.append(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} | {target.get('time', '')} |")
+        if memory:
+            ratio = {kind: peak["tensors"] / memory[first][kind]["tensors"] for kind, peak in memory[name].items()}
+            checkpointing = ratio.get("checkpointing", math.nan)
+            lines[-1] += f" {ratio['plain']:.3f} | {checkpointing:.3f} | {target.get('memory', '')} |"
     lines += [
         "",
         f"Where a step's time goes, in percent of a step of the {first} (estimate and refinement spread over all "

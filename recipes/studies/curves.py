@@ -167,7 +167,9 @@ def plot(settings: Mapping[str, Any], shown: Mapping[str, Sequence[Result]], pat
     left.set(xlabel="optimiser step", ylabel="validation loss (nats per token)", xscale="log", title=settings["title"])
     right.set(xlabel="optimiser step", ylabel="above the mean of bp (nats per token)")
     steps = sorted(step for curve in curves.values() for step in curve)
-    left.set_xticks([step for step in (100, 200, 500, 1000, 2000, 5000, 10_000) if steps[0] <= step <= steps[-1]])
+    left.set_xticks(
+        [step for step in (100, 200, 500, 1000, 2000, 5000, 10_000) if steps and steps[0] <= step <= steps[-1]]
+    )
     left.xaxis.set_major_formatter(ScalarFormatter())
     left.xaxis.set_minor_formatter(NullFormatter())
     if right.get_ylim()[1] > 2 * _FAR:
