@@ -16,6 +16,7 @@ import torch
 from helpers import OnEvent, train
 from problems import BLOCKS, GPT2, POSITIONS, VOCABULARY, WIDTH, Problem, text, transformer
 from torch.autograd import profiler
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
 
@@ -34,16 +35,40 @@ EAGER = Problem("gpt2-eager", lambda: transformer("gpt2", attn_implementation="e
 
 # Deep, with activations larger than matrices: what is kept for each boundary shows.
 DEPTH, LONG = 12, 64
-DEEP = Problem(
-    "gpt2-deep",
-    lambda: transformer("gpt2", num_hidden_layers=DEPTH, max_position_embeddings=LONG, **NO_DROPOUT),
-    lambda generator: {k: v.repeat(LONG // POSITIONS) for k, v in text(generator).items()},
-)
+
+
+def deep(blocks: int) -> Problem:
+    """Return a problem of so many blocks and long samples."""
+    return Problem(
+        "gpt2-deep",
+        lambda: transformer("gpt2", num_hidden_layers=blocks, max_position_embeddings=LONG, **NO_DROPOUT),
+        lambda generator: {k: v.repeat(LONG // POSITIONS) for k, v in text(generator).items()},
+    )
+
+
+DEEP = deep(DEPTH)
+
+
+class KernelCounter(TorchDispatchMode):
+    """Counts what computes: calls of operators that are no views of what there is."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        idle = ("aten::empty", "aten::detach", "aten::_unsafe_view", "aten::promote_types")
+        self.number += not (func.is_view or func.name().startswith(idle))
+        return func(*args, **(kwargs or {}))
 
 
 def step_flops(folder: Path, step: int = 1, **options: Any) -> int:
     """Operations of one optimiser step of the Trainer, by default the second: the first one probes the shapes."""
     counter = FlopCounterMode(display=False)
+    count_in(counter, EAGER, folder, step, **options)
+    return counter.get_total_flops()
+
+
+def count_in(counter: Any, problem: Problem, folder: Path, step: int = 1, **options: Any) -> None:
+    """Have a counter see one optimiser step."""
 
     def begin(state: Any, **_: Any) -> None:
         if state.global_step == step:
@@ -54,8 +79,7 @@ def step_flops(folder: Path, step: int = 1, **options: Any) -> int:
             counter.__exit__(None, None, None)
 
     callbacks = {"callbacks": [OnEvent("step_begin", begin), OnEvent("step_end", end)]}
-    train(EAGER, folder, more=callbacks, max_steps=step + 1, per_device_train_batch_size=BATCH, **options)
-    return counter.get_total_flops()
+    train(problem, folder, more=callbacks, max_steps=step + 1, per_device_train_batch_size=BATCH, **options)
 
 
 def linear_flops(samples: int) -> int:
@@ -87,6 +111,29 @@ def test_a_star_costs_backpropagation_and_one_product_with_each_feedback_matrix(
 
 def test_a_frozen_identity_costs_backpropagation(tmp_path):
     assert step_flops(tmp_path, method="dfa", feedback_init="identity") == step_flops(tmp_path, method="bp")
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({"method": "dfa", "feedback_init": "identity"}, 0),
+        # The product with B_l; v, the sum of what comes by two ways; delta_l and v at the positions that are looked at;
+        # a map's numbers checked and taken; its product with the B above it.
+        ({"method": "grape", "feedback_rule": "local"}, 7),
+    ],
+    ids=["identity", "local"],
+)
+def test_one_more_block_costs_few_kernels_beside_its_own(tmp_path, options, most):
+    """On a GPU a small model waits for kernels to be launched; 50 a block were more than half of a step there."""
+
+    def kernels(depth: int, **options: Any) -> int:
+        counter = KernelCounter()
+        count_in(counter, deep(depth), tmp_path, **options)
+        return counter.number
+
+    shallow, double = (kernels(depth, **options) - kernels(depth, method="bp") for depth in (4, 8))
+    assert double - shallow <= 4 * most
+    assert most == 0 or double - shallow > 4  # the counter sees the blocks' own work go by
 
 
 @pytest.mark.parametrize("rule", ["lms", "ema"])

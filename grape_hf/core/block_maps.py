@@ -15,19 +15,22 @@ the sums over the N vectors of a global batch whose d is not zero. Of long sampl
 another in each turn: a batch has many more vectors than a map has columns, and all of them teach it no more. lambda is
 no less than the largest eigenvalue of :math:`\sum_i d_i d_i^\top`: a longer step diverges where the d have few
 directions. It is the Frobenius norm of that matrix, taken from up to 256 of the vectors of each backward. No
-forward-mode pass is made and no block waits.
+forward-mode pass is made and no block waits. What blocks of one shape have shown is added up in one go, when the
+backward is over: on a GPU many small kernels would cost more than their arithmetic.
 In this file ``maps[i]`` belongs to boundary i, h_{i+1}: it leads to the gradient there.
 
 Source: ours (METHOD.md, "Block-level feedback, paths and sweeps"); the update is Widrow and Hoff's, normalised.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _EVERY, _ENOUGH = 4, 16  # one position in four is looked at, but for that at least as many in a sample
+_STACKED = 2**24  # numbers in a stack: of larger tensors a copy would cost more memory than it saves kernels
 
 
 @dataclass
@@ -76,6 +79,7 @@ class BlockMaps:
                 )
         self.sums: dict[int, MapSums] = {}
         self.turn = 0
+        self._seen: list[tuple[int, list[Tensor]]] = []  # what was observed, and is not yet in the sums
 
     def product(self, above: Tensor | None = None) -> list[Tensor]:
         """Return B_1 .. B_{L-1}, each ``(n_l, n_y)``.
@@ -98,15 +102,22 @@ class BlockMaps:
         Args:
             turn: number of the step among those in which maps learn; decides which positions of long samples count.
         """
-        self.sums, self.turn = {}, turn
+        self.sums, self.turn, self._seen = {}, turn, []
 
     def apply(self, index: int, d: Tensor) -> Tensor:
         """Return G d for vectors ``(batch, positions, n)`` of the boundary's source, in their dtype."""
         return d @ self.G[index].mT.to(d)
 
-    @torch.no_grad()
+    def sampled(self, vectors: Tensor) -> Tensor:
+        """Return the vectors, of ``(batch, positions, n)``, that are looked at in this turn.
+
+        A copy where these are not all: the others need not be kept.
+        """
+        stride = min(_EVERY, max(1, vectors.shape[1] // _ENOUGH))
+        return vectors if stride == 1 else vectors[:, self.turn % stride :: stride].clone()
+
     def observe(self, index: int, v: Tensor, d: Tensor, predicted: Tensor) -> None:
-        """Add what one backward of the block behind a boundary showed.
+        """Take what one backward of the block behind a boundary showed, of the positions that are looked at.
 
         Args:
             index: the boundary.
@@ -114,23 +125,22 @@ class BlockMaps:
             d: delta of its source, ``(batch, positions, n)``.
             predicted: G d, ``(batch, positions, n_l)``.
         """
-        G = self.G[index]
-        stride = min(_EVERY, max(1, d.shape[1] // _ENOUGH))
-        v, d, predicted = (t[:, self.turn % stride :: stride] for t in (v, d, predicted))
-        v, d, predicted = (t.to(G.device, torch.promote_types(t.dtype, torch.float32)) for t in (v, d, predicted))
-        v, d, predicted = v.flatten(0, 1), d.flatten(0, 1), predicted.flatten(0, 1)
-        squares = d.square().sum(-1)
-        found = MapSums(
-            ((v - predicted).mT @ d).to(G),
-            squares.sum().to(G),
-            _largest(d).to(G),
-            (squares > 0).sum(),
-            torch.stack([(predicted * v).sum(), predicted.square().sum(), v.square().sum()]).to(G),
-        )
-        earlier = self.sums.get(index)
-        if earlier is not None:
-            found = MapSums(*(a + b for a, b in zip(earlier.tensors, found.tensors, strict=True)))
-        self.sums[index] = found
+        self._seen.append((index, [t.detach() for t in (v, d, predicted)]))
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Add what was observed to the sums; to be called when a backward is over, so that nothing of it is kept."""
+        seen, self._seen = self._seen, []
+        for places in _alike([[*tensors, self.G[index]] for index, tensors in seen]):
+            indices = [seen[place][0] for place in places]
+            G = self.G[indices[0]]
+            stacks = [torch.stack(of_all) for of_all in zip(*(seen[place][1] for place in places), strict=True)]
+            wide = [t.to(G.device, torch.promote_types(t.dtype, torch.float32)).flatten(1, 2) for t in stacks]
+            for index, *found in zip(indices, *_sums(*wide, dtype=G.dtype), strict=True):
+                earlier = self.sums.get(index)
+                if earlier is not None:
+                    found = [a + b for a, b in zip(earlier.tensors, found, strict=True)]
+                self.sums[index] = MapSums(*found)
 
     def total(self, over_ranks: Callable[[list[Tensor]], list[Tensor]]) -> list[MapSums]:
         """Return the sums of every boundary over ranks; zero where no block was seen.
@@ -138,6 +148,7 @@ class BlockMaps:
         Args:
             over_ranks: sums each of the tensors in a list.
         """
+        self.gather()
         mine = [self.sums.get(index) or self._nothing(g) for index, g in enumerate(self.G)]
         totals = iter(over_ranks([tensor for sums in mine for tensor in sums.tensors]))
         return [MapSums(*five) for five in zip(*[totals] * 5, strict=True)]
@@ -149,13 +160,17 @@ class BlockMaps:
             totals: what ``total`` returned.
             lr: eta.
         """
-        refined = []
-        for g, sums in zip(self.G, totals, strict=True):
-            n = g.shape[1]
-            rate = lr * n / (n / sums.count.clamp(min=1)).clamp(min=1)
-            tiny = torch.finfo(g.dtype).tiny
-            step = torch.minimum(rate / sums.power.clamp(min=tiny), 1 / sums.largest.clamp(min=tiny))
-            refined.append(g + torch.where(sums.power > 0, step, 0.0).to(g) * sums.residual)
+        refined = list(self.G)
+        for places in _alike([[g] for g in self.G]):
+            g = torch.stack([self.G[i] for i in places])
+            fields = zip(*(totals[i].tensors for i in places), strict=True)
+            residual, power, largest, count, _ = (torch.stack(of_all) for of_all in fields)
+            n, tiny = g.shape[-1], torch.finfo(g.dtype).tiny
+            rate = lr * n / (n / count.clamp(min=1)).clamp(min=1)
+            step = torch.minimum(rate / power.clamp(min=tiny), 1 / largest.clamp(min=tiny))
+            step = torch.where(power > 0, step, 0.0).to(g)
+            for i, of_one in zip(places, g + step[:, None, None] * residual, strict=True):
+                refined[i] = of_one
         return refined
 
     @staticmethod
@@ -178,10 +193,29 @@ def chained(G: Iterable[Tensor]) -> BlockMaps:
     return BlockMaps(maps, [*range(1, len(maps)), None][: len(maps)])
 
 
+def _sums(v: Tensor, d: Tensor, predicted: Tensor, *, dtype: torch.dtype) -> list[Tensor]:
+    """Return the sums of ``MapSums`` for several boundaries, stacked; vectors are ``(boundaries, N, n)``."""
+    squares = d.square().sum(-1)
+    products = torch.stack([(predicted * v).sum((1, 2)), predicted.square().sum((1, 2)), v.square().sum((1, 2))], -1)
+    sums = [(v - predicted).mT @ d, squares.sum(-1), _largest(d)]
+    return [t.to(dtype) for t in sums] + [(squares > 0).sum(-1), products.to(dtype)]
+
+
 def _largest(d: Tensor, rows: int = 256) -> Tensor:
-    """Bound the largest eigenvalue of d^T d, ``d`` being ``(N, n)``, by evenly chosen rows."""
-    some = d[:: max(1, len(d) // rows)][:rows]
-    return torch.linalg.matrix_norm(some @ some.mT) * (len(d) / max(len(some), 1))
+    """Bound the largest eigenvalues of d^T d, ``d`` being ``(boundaries, N, n)``, by evenly chosen rows."""
+    number = d.shape[1]
+    some = d[:, :: max(1, number // rows)][:, :rows]
+    return torch.linalg.matrix_norm(some @ some.mT) * (number / max(some.shape[1], 1))
+
+
+def _alike(rows: Sequence[Sequence[Tensor]]) -> Iterator[list[int]]:
+    """Yield the places of rows whose tensors can be stacked, not too many at once."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        groups[tuple((t.shape, t.dtype, t.device) for t in row)].append(place)
+    for places in groups.values():
+        most = max(1, _STACKED // max(1, *(t.numel() for t in rows[places[0]])))
+        yield from (places[i : i + most] for i in range(0, len(places), most))
 
 
 def map_sources(positions: Sequence[int], pooled: Sequence[bool]) -> list[int | None]:

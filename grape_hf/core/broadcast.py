@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from grape_hf.core.block_maps import BlockMaps
 from grape_hf.core.layout import Pairing
+from grape_hf.core.lesson import Lesson
 from grape_hf.core.modes import FollowingMode, Forward
-from grape_hf.core.nodes import Broadcast, Cut, Receive
-from grape_hf.core.star import Arm, Lesson, Matrix, Star
+from grape_hf.core.nodes import Broadcast, Cut, Receive, Through
+from grape_hf.core.star import Arm, Matrix, Star
 
 if TYPE_CHECKING:
     from grape_hf.core.boundaries import Boundaries
@@ -108,6 +109,9 @@ class BroadcastMode(FollowingMode):
                 forward.h[index] = h.detach().clone() if copied else h.detach()
                 forward.pairings[index] = pairing
         if self.B[index] is None:
+            if self.refinement.learn and h.requires_grad:
+                assert isinstance(mode, BroadcastMode)
+                h = Through.apply(h, mode.star, index, pairing.padding, pairing.padded(None))
             return h.clone() if copied else h
         if h.requires_grad:
             assert isinstance(mode, BroadcastMode)

@@ -3,7 +3,8 @@ r"""The autograd nodes of the star: the error e, put in at y, comes out at each 
 Two nodes share a ``Star``. ``Broadcast`` stands at y, and its backward puts e in; ``Receive`` stands behind each h_l,
 and its backward takes e out, projected. Between them there is no path but scalars that tell autograd the order: each
 node takes the stand-in of the one made before it. Where the gradient at the input of a block is asked for, a third
-node, ``Cut``, stands before it. ``Exact`` belongs to ordinary backpropagation, and listens.
+node, ``Cut``, stands before it. ``Through`` and ``Exact`` let the gradient pass, and listen: the first where a
+boundary of a star is not cut, the second in ordinary backpropagation.
 """
 
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grape_hf.core.layout import Pairing
-from grape_hf.core.star import Lesson, Matrix, Star
+from grape_hf.core.lesson import Lesson
+from grape_hf.core.star import Matrix, Star
 
 
 class Receive(torch.autograd.Function):
@@ -37,8 +39,9 @@ class Receive(torch.autograd.Function):
         """Return the stand-in."""
         ctx.B, ctx.star, ctx.index, ctx.padding, ctx.pairing = B, star, index, padding, pairing
         ctx.h_shape, ctx.dtype, ctx.device = h.shape, h.dtype, h.device
-        ctx.before = None if token is None else (token.dtype, token.device)
-        return h.new_zeros(())
+        ctx.before = None if token is None else token.detach()
+        # All stand-ins of a device are one zero: on a GPU each of its own would be a kernel.
+        return h.new_zeros(()) if token is None or token.device != h.device else token.detach()
 
     @staticmethod
     @once_differentiable
@@ -47,7 +50,7 @@ class Receive(torch.autograd.Function):
         if ctx.star.sweeping:
             return (None,) * 7
         delta = ctx.star.delta(ctx.index, ctx.B, ctx.h_shape, ctx.pairing.padded(ctx.padding))
-        return delta.to(ctx.device, ctx.dtype), _zero(ctx.before), None, None, None, None, None
+        return delta.to(ctx.device, ctx.dtype), ctx.before, None, None, None, None, None
 
 
 class Cut(torch.autograd.Function):
@@ -71,6 +74,29 @@ class Cut(torch.autograd.Function):
         return None, None, None, None
 
 
+class Through(torch.autograd.Function):
+    """Identity on h_l at a boundary that is not cut; backward tells the star of the exact gradient that comes by.
+
+    So the map of the block behind learns, and that of the block before, by whose products the lower blocks get their
+    error.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, star: Star, index: int, padding: Tensor | None, pairing: Pairing) -> Tensor:
+        """Return h."""
+        ctx.star, ctx.index, ctx.padding, ctx.pairing = star, index, padding, pairing
+        return h.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient as it came."""
+        star = ctx.star
+        if star.lesson is not None and star.e is not None and not star.sweeping:
+            star.lesson.passed(ctx.index, delta, ctx.pairing.padded(ctx.padding), star.e)
+        return delta, None, None, None, None
+
+
 class Broadcast(torch.autograd.Function):
     """Identity on y; backward hands the error e to y's own graph and, by the star, to every ``Receive`` node."""
 
@@ -79,7 +105,7 @@ class Broadcast(torch.autograd.Function):
         ctx: Any, y: Tensor, token: Tensor, star: Star, site: int, kept: dict[int, Tensor] | None = None
     ) -> Tensor:
         """Return y."""
-        ctx.star, ctx.site, ctx.kept, ctx.before = star, site, kept, (token.dtype, token.device)
+        ctx.star, ctx.site, ctx.kept, ctx.before = star, site, kept, token.detach()
         # Not a view: FSDP2 warns of views, whose pre-backward hook an in-place operation would drop.
         return y.detach()
 
@@ -91,7 +117,7 @@ class Broadcast(torch.autograd.Function):
             if ctx.kept is not None:
                 ctx.kept[ctx.site] = e
             ctx.star.put(e)
-        return e, _zero(ctx.before), None, None, None
+        return e, ctx.before, None, None, None
 
 
 class Exact(torch.autograd.Function):
@@ -111,7 +137,3 @@ class Exact(torch.autograd.Function):
         """Keep the gradient, and hand it on."""
         ctx.kept[ctx.index] = delta.detach()
         return delta, None, None
-
-
-def _zero(like: tuple[torch.dtype, torch.device] | None) -> Tensor | None:
-    return None if like is None else torch.zeros((), dtype=like[0], device=like[1])

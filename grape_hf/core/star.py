@@ -13,8 +13,7 @@ are two ways to a better delta, which use the graphs of the blocks before these 
   C = identity as Highway-BP (Fagnou et al., ICLR 2025, arXiv 2501.17086).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from grape_hf.core.block_maps import BlockMaps
 from grape_hf.core.layout import Pairing
+from grape_hf.core.lesson import Lesson
 from grape_hf.core.paths import pull_back
 
 Matrix = Tensor | Literal["identity"]
@@ -46,70 +46,6 @@ def project_error(e: Tensor, B: Matrix, h_shape: torch.Size, pairing: Pairing) -
     if delta.shape[1] != positions:
         delta = pairing.unpadded(delta.expand(batch, positions, n_l))
     return layout.restore(delta, h_shape)
-
-
-@dataclass
-class Lesson:
-    """What the maps learn in one backward: v, the gradient at the input of a block, beside the delta that it got.
-
-    It holds no part of the graph, whose nodes hold it.
-
-    Attributes:
-        maps: what learns; None where deltas are only kept.
-        follows: whether v comes from the backward of the step; after sweeps it is known before.
-        kept: where the deltas of all boundaries are put, to be looked at afterwards; None if nobody will.
-    """
-
-    maps: BlockMaps | None = None
-    follows: bool = True
-    kept: dict[int, Tensor] | None = None
-    _e: Tensor | None = None
-    _deltas: dict[int, tuple[Tensor, Pairing]] = field(default_factory=dict)
-    _inputs: dict[int, Tensor] = field(default_factory=dict)
-
-    def sent(self, index: int, delta: Tensor, pairing: Pairing, e: Tensor) -> None:
-        """Note the delta of a boundary."""
-        if self.kept is not None:
-            self.kept[index] = delta
-        if self.maps is not None and self.follows:
-            self._e, self._deltas[index] = e, (delta, pairing)
-            self._both(index)
-
-    def arrived(self, index: int, v: Tensor) -> None:
-        """Note the gradient at h_l as the block behind it has computed it."""
-        if self.maps is not None and self.follows:
-            self._inputs[index] = v
-            self._both(index)
-
-    def _both(self, index: int) -> None:
-        """Learn as soon as both are there: either may come first."""
-        if self._e is None or index not in self._deltas or index not in self._inputs:
-            return
-        assert self.maps is not None
-        self.learn(index, self._inputs.pop(index), self._deltas, self._e)
-        self._deltas.pop(self.maps.sources[index], None)  # type: ignore[arg-type]  # nobody else's source
-
-    def learn(self, index: int, v: Tensor, deltas: Mapping[int, tuple[Tensor, Pairing]], e: Tensor) -> None:
-        """Have a map learn; nothing is learned where the boundary that it comes from was left out, or given up.
-
-        Args:
-            index: of the boundary.
-            v: gradient at h_l that the block behind it has computed.
-            deltas: with their pairings: at h_l what the map and the path beside it made of the one behind that block.
-            e: the error, which a map without another source takes.
-        """
-        assert self.maps is not None
-        (delta, pairing), source = deltas[index], self.maps.sources[index]
-        vectors = pairing.layout.vectors(v)
-        if source is None:
-            d = pairing.align(pairing.layout.vectors(e), vectors.shape[1])
-            if d.shape[1] != vectors.shape[1]:
-                d = pairing.unpadded(d.expand(-1, vectors.shape[1], -1))
-        elif source in deltas:
-            d = deltas[source][1].layout.vectors(deltas[source][0])
-        else:
-            return
-        self.maps.observe(index, vectors, d, pairing.layout.vectors(delta))
 
 
 @dataclass(frozen=True)
@@ -226,6 +162,9 @@ class Star:
             if number == 0 or all_read:
                 outputs, errors = [*outputs, self.y], [*errors, e.to(self.y.dtype)]
             inputs = [self.arms[index].cut for index in below]
+            lesson = self.lesson if number == 0 and self.lesson is not None and self.lesson.maps is not None else None
+            # From the deltas before they are corrected, which are what the maps have made.
+            made = {i: lesson.delta(d, self.arms[i].pairing) for i, d in deltas.items()} if lesson else {}
             self.sweeping = True
             try:
                 exact = torch.autograd.grad(outputs, inputs, errors, retain_graph=True, allow_unused=True)
@@ -236,10 +175,8 @@ class Star:
                 index, above = below[place], indices[place + 1] if place + 1 < len(indices) else None
                 if v is None:  # the block behind it was left out
                     continue
-                if number == 0 and self.lesson is not None and self.lesson.maps is not None:
-                    # From the deltas before they were corrected, which are what the maps have made.
-                    paired = {i: (delta, self.arms[i].pairing) for i, delta in deltas.items()}
-                    self.lesson.learn(index, v, paired, e)
+                if lesson:
+                    lesson.learn(index, v, made, e)
                 change = None
                 if above is not None and corrected[above] is not deltas[above]:
                     change = self._coarse(index, above, corrected[above] - deltas[above].to(corrected[above]))

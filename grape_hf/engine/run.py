@@ -234,6 +234,8 @@ class GrapeRun:
             refinement = Refinement(self.maps, self.learning, options.feedback_sweeps or 0, by_path)
             with self.boundaries.broadcast(B, mask, self._keep(), refinement) as forwards:
                 yield forwards
+            if self.learning and self.maps is not None:
+                self.maps.gather()
         if self.rule is not None:
             self.rule.observe(forwards, self.feedback.B)
 

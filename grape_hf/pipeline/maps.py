@@ -68,12 +68,14 @@ class StageMaps:
             inputs: by point, what the block behind it has read; its ``grad`` is what that block has computed.
             deltas: by point, what it was given; at the last block of the model the error e.
         """
+        looked_at = {point: self.maps.sampled(delta) for point, delta in deltas.items()}
         for index, (point, behind) in enumerate(pairwise([*self.points, self.end])):
-            if point in inputs and behind in deltas:
-                v, d = inputs[point].grad, deltas[behind]
+            if point in inputs and behind in looked_at:
+                v, d = inputs[point].grad, looked_at[behind]
                 assert v is not None
-                predicted = deltas[point] if point in deltas else self.maps.apply(index, d)
-                self.maps.observe(index, v, d, predicted)
+                predicted = looked_at[point] if point in looked_at else self.maps.apply(index, d)
+                self.maps.observe(index, self.maps.sampled(v), d, predicted)
+        self.maps.gather()
 
     def refine(self) -> None:
         """Learn from the sums of one optimiser step over all replicas, and ask for the matrix at this stage's end."""

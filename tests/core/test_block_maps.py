@@ -126,6 +126,35 @@ def test_micro_batches_and_ranks_add_up():
     torch.testing.assert_close(learned(slice(0, 4)), learned(slice(0, 1), slice(1, 4)))
 
 
+@pytest.mark.parametrize("uncut", [(1,), (2,), (1, 2)], ids=str)
+def test_maps_learn_at_boundaries_that_are_not_cut(uncut):
+    """There the delta is the exact gradient of what is above, up to the next cut; G d is no delta then."""
+    model = transformer("gpt2", num_hidden_layers=4).double().eval()
+    x = torch.randint(31, (3, 8))
+    blocks = list(find_blocks(model).values())
+    boundaries = Boundaries(blocks)
+    maps = BlockMaps([torch.eye(16, **DOUBLE) + 0.1 * torch.randn(16, 16, **DOUBLE) for _ in range(3)], [1, 2, None])
+    B = [None if i in uncut else b for i, b in enumerate(maps.product())]
+    with boundaries.attached():
+        with boundaries.broadcast(B, refinement=Refinement(maps, learn=True)):
+            model(x, labels=x).loss.backward()
+        with boundaries.record() as forwards:
+            model(x, labels=x).loss.backward()
+    (forward,) = forwards
+
+    # From the top down: v at a boundary is what the block behind makes of its delta, which is B e, or v if not cut.
+    delta = forward.e
+    sums = maps.total(list)
+    for i in reversed(range(3)):
+        h = forward.h[i].detach().requires_grad_()
+        (v,) = torch.autograd.grad(blocks[i + 1](h), h, delta)
+        predicted = delta @ maps.G[i].mT
+        expected = (v - predicted).flatten(0, 1).mT @ delta.flatten(0, 1)
+        torch.testing.assert_close(sums[i].residual, expected)
+        torch.testing.assert_close(sums[i].products[0], (v * predicted).sum())
+        delta = v if i in uncut else forward.e @ maps.product()[i].mT
+
+
 def test_maps_of_linear_blocks_become_their_transposed_weights():
     model = Chain().double()
     boundaries = Boundaries(model.blocks)
@@ -161,9 +190,10 @@ def test_in_as_many_turns_every_position_of_a_long_sample_is_looked_at_once():
     maps, residual, count = random_maps((2, 6, 3)), 0, 0
     for turn in range(8, 12):
         maps.begin(turn)
-        maps.observe(0, v, d, d @ maps.G[0].mT)
-        residual += maps.sums[0].residual
-        count += maps.sums[0].count
+        maps.observe(0, *(maps.sampled(t) for t in (v, d, d @ maps.G[0].mT)))
+        (sums,) = maps.total(list)
+        residual += sums.residual
+        count += sums.count
     assert count == 2 * 64
     torch.testing.assert_close(residual, torch.einsum("btm,btn->mn", v - d @ maps.G[0].mT, d))
 

@@ -142,6 +142,7 @@ def test_maps_learn_from_the_deltas_that_they_made():
     e, block = forward.e, list(find_blocks(model).values())[1]
     h = forward.h[0].detach().requires_grad_()
     (pulled,) = torch.autograd.grad(block(h), h, e @ maps.G[1].mT)
+    maps.gather()
     for i, d, v in ((0, e @ maps.G[1].mT, pulled), (1, e, forward.delta[1])):
         d, v = d.flatten(0, 1), v.flatten(0, 1)
         torch.testing.assert_close(maps.sums[i].residual, (v - d @ maps.G[i].mT).mT @ d)
