@@ -25,7 +25,16 @@ from image_model import ImageStudy
 from image_pixels import squeezed, unsqueezed
 from language_model import LanguageStudy
 from study import Study, run
-from study_trainers import TRAINERS, ExactPart, FirstPoints, LateStages, MeasuredUpdates, SmallerBelow, part_of
+from study_trainers import (
+    TRAINERS,
+    ExactPart,
+    FirstPoints,
+    LateStages,
+    MeasuredUpdates,
+    SmallerBelow,
+    Unbiased,
+    part_of,
+)
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
@@ -177,6 +186,25 @@ class TestExactPart:
     def test_an_unknown_part(self):
         with pytest.raises(ValueError, match="exact_part='queries': expected one of attention, mlp, keys_values"):
             part_of(tiny_model().transformer.h, "queries")
+
+
+class TestUnbiased:
+    def test_what_is_missing_is_measured_and_added_until_it_is_measured_again(self, tmp_path: Path):
+        _, star = trained(tmp_path / "star", GrapeTrainer, steps=1, **STAR)
+        _, bp = trained(tmp_path / "bp", GrapeTrainer, steps=1, method="bp")
+        _, mended = trained(tmp_path / "mended", lambda **kw: Unbiased(2, **kw), steps=2, **STAR)
+
+        def from_there(model: GPT2LMHeadModel, **kwargs: Any) -> GrapeTrainer:
+            model.load_state_dict(mended.weights[1], strict=False)  # without the head's, which is the embeddings'
+            return GrapeTrainer(model=model, **kwargs)
+
+        _, later = trained(tmp_path / "later", from_there, steps=1, **STAR)
+        assert len(bp.gradients[0]) == len(mended.gradients[1]) > 0
+        for name, exact in bp.gradients[0].items():
+            missing = exact - star.gradients[0][name]
+            torch.testing.assert_close(mended.gradients[0][name], exact, msg=lambda t, n=name: f"{n}: {t}")
+            torch.testing.assert_close(mended.gradients[1][name], later.gradients[0][name] + missing)
+        assert any(not torch.allclose(g, star.gradients[0][name]) for name, g in bp.gradients[0].items())
 
 
 class TestGrid:
