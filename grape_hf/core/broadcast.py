@@ -92,7 +92,9 @@ class BroadcastMode(FollowingMode):
         return Star(lesson, refinement.sweeps, refinement.path, refinement.maps)
 
     def recomputation(self) -> "BroadcastMode":
-        """Return a mode that does the same to the graph as this one."""
+        """Return a mode that does the same to the graph as this one. Raises RuntimeError if no forward had a graph."""
+        if not self.forwards:  # what runs again ran without gradients before, unseen
+            raise RuntimeError(f"blocks run in the backward that had no graph in the forward. {REENTRANT}")
         return BroadcastMode(self.boundaries, self.B, refinement=self.refinement)
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:

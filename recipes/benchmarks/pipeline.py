@@ -61,7 +61,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "star": {"method": "dfa", "feedback_init": "identity"},
     "star, local maps": {"method": "grape", "feedback_rule": "local", "jvp_steps": 1},
 }
-LEFT_OUT = 2  # batches at the beginning of a burst
 ASLEEP = {"layers": 12, "width": 16, "length": 16, "vocabulary": 64, "steps": 4, "rounds": 2}
 NAP = 0.02  # seconds of a block's forward, for a whole batch
 QUICK = {"layers": 4, "width": 64, "length": 32, "steps": 5, "rounds": 2, "micro_batches": [1, 2]}
@@ -215,7 +214,7 @@ def make_trainer(setting: dict[str, Any], kind: str, micro_batches: int, folder:
         feedback_points=setting["stages"] - 1 if kind.startswith("star") else 0,
         pipeline_stages=setting["stages"],
         pipeline_microbatches=micro_batches,
-        max_steps=setting["steps"] + LEFT_OUT,
+        max_steps=setting["steps"] + left_out(setting),
         per_device_train_batch_size=setting["batch"],
         max_grad_norm=0.0,
         logging_strategy="no",
@@ -225,7 +224,7 @@ def make_trainer(setting: dict[str, Any], kind: str, micro_batches: int, folder:
         use_cpu=True,
         dataloader_pin_memory=False,
     )
-    ids = tokens(setting, setting["batch"] * (setting["steps"] + LEFT_OUT))
+    ids = tokens(setting, setting["batch"] * (setting["steps"] + left_out(setting)))
     data = [{"input_ids": row, "labels": row} for row in ids]
     trainer = GrapeTrainer(model=model_of(setting), args=args, train_dataset=data, callbacks=[Ends()])
     trainer.remove_callback(PrinterCallback)
@@ -247,9 +246,18 @@ class Ends(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def seconds_of(ends: list[float]) -> float:
+def left_out(setting: dict[str, Any]) -> int:
+    """Return how many batches at the beginning of a burst are not timed.
+
+    Delayed gradients go down a stage a batch: the lowest stage waits for the first one in batch K, counted from one.
+    """
+    return max(2, int(setting["stages"]))
+
+
+def seconds_of(ends: list[float], setting: dict[str, Any]) -> float:
     """Return the seconds of a batch, by the ends of all of a burst."""
-    return (ends[-1] - ends[LEFT_OUT - 1]) / (len(ends) - LEFT_OUT)
+    first = left_out(setting)
+    return (ends[-1] - ends[first - 1]) / (len(ends) - first)
 
 
 def under_the_trainer(trainer: GrapeTrainer, setting: dict[str, Any]) -> Burst:
@@ -258,7 +266,7 @@ def under_the_trainer(trainer: GrapeTrainer, setting: dict[str, Any]) -> Burst:
 
     def burst() -> float:
         trainer.train()
-        return seconds_of(ends.times)
+        return seconds_of(ends.times, setting)
 
     return burst
 
@@ -268,10 +276,10 @@ def looped(setting: dict[str, Any], batch: Callable[[int], None]) -> Burst:
 
     def burst() -> float:
         ends = []
-        for number in range(setting["steps"] + LEFT_OUT):
+        for number in range(setting["steps"] + left_out(setting)):
             batch(number)
             ends.append(time.perf_counter())
-        return seconds_of(ends)
+        return seconds_of(ends, setting)
 
     return burst
 
