@@ -168,12 +168,18 @@ class TestFirstPoints:
 
 
 class TestExactPart:
-    @pytest.mark.parametrize("part", ["attention", "mlp", "keys_values"])
+    @pytest.mark.parametrize("part", ["attention", "mlp", "keys_values", "embeddings", "block_1"])
     def test_one_part_is_exact_and_the_rest_the_stars(self, tmp_path: Path, part: str):
         _, star = trained(tmp_path / "star", GrapeTrainer, steps=1, **STAR)
         _, bp = trained(tmp_path / "bp", GrapeTrainer, steps=1, method="bp")
         _, mixed = trained(tmp_path / "mixed", lambda **kw: ExactPart(part, **kw), steps=1, **STAR)
-        inside = {"attention": (".ln_1.", ".attn."), "mlp": (".ln_2.", ".mlp."), "keys_values": (".c_attn.",)}[part]
+        inside = {
+            "attention": (".ln_1.", ".attn."),
+            "mlp": (".ln_2.", ".mlp."),
+            "keys_values": (".c_attn.",),
+            "embeddings": (".wte.", ".wpe."),
+            "block_1": (".h.0.",),
+        }[part]
         differ = 0
         for name, used in mixed.gradients[0].items():
             expected = (bp if any(i in name for i in inside) else star).gradients[0][name].clone()
@@ -184,8 +190,8 @@ class TestExactPart:
         assert differ
 
     def test_an_unknown_part(self):
-        with pytest.raises(ValueError, match="exact_part='queries': expected one of attention, mlp, keys_values"):
-            part_of(tiny_model().transformer.h, "queries")
+        with pytest.raises(ValueError, match=r"exact_part='queries': expected one of attention, .* block_1\."):
+            part_of(tiny_model(), "queries")
 
 
 class TestUnbiased:

@@ -107,11 +107,12 @@ class FirstPoints(StudyTrainer):
 
 
 class ExactPart(StudyTrainer):
-    """The star, but for the weights of one part of every block, which get the exact gradient of the same batch.
+    """The star, but for the weights of one part of the model, which get the exact gradient of the same batch.
 
     The exact gradient is of a forward and a backward outside the star, at the same weights; a model with dropout would
-    draw another mask there. Parts: ``attention`` and ``mlp``, each with the norm in front of it; ``keys_values``, the
-    rows of the attention's projection that make keys and values. GPT-2's names.
+    draw another mask there. Parts of every block: ``attention`` and ``mlp``, each with the norm in front of it;
+    ``keys_values``, the rows of the attention's projection that make keys and values. Below the first feedback point:
+    ``embeddings``, and ``block_1``. GPT-2's names.
     """
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
@@ -119,7 +120,7 @@ class ExactPart(StudyTrainer):
         prepared = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, prepared, num_items_in_batch=num_items_in_batch)
-        chosen = part_of(self.model_blocks, self.value)
+        chosen = part_of(self.model, self.value)
         exact = torch.autograd.grad(loss, [weight for weight, _ in chosen])
         loss = super().training_step(model, inputs, num_items_in_batch, **kwargs)
         for (weight, columns), gradient in zip(chosen, exact, strict=True):
@@ -250,18 +251,22 @@ TRAINERS: dict[str, type[StudyTrainer]] = {
 }
 
 
-def part_of(blocks: Sequence[nn.Module], part: str) -> list[tuple[nn.Parameter, slice]]:
-    """Return the weights of a part of every GPT-2 block, each with the outputs (its last dimension) that belong to it.
+def part_of(model: nn.Module, part: str) -> list[tuple[nn.Parameter, slice]]:
+    """Return the weights of a part of a GPT-2, each with the outputs (its last dimension) that belong to it.
 
     Raises:
         ValueError: if there is no part of that name.
     """
-    modules = {"attention": ("ln_1", "attn"), "mlp": ("ln_2", "mlp"), "keys_values": ("attn.c_attn",)}
-    if part not in modules:
-        raise ValueError(f"exact_part={part!r}: expected one of {', '.join(modules)}.")
+    of_blocks = {"attention": ("ln_1", "attn"), "mlp": ("ln_2", "mlp"), "keys_values": ("attn.c_attn",)}
+    below = {"embeddings": ("transformer.wte", "transformer.wpe"), "block_1": ("transformer.h.0",)}
+    if part in below:
+        modules = [model.get_submodule(name) for name in below[part]]
+        return [(weight, slice(None)) for module in modules for weight in module.parameters()]
+    if part not in of_blocks:
+        raise ValueError(f"exact_part={part!r}: expected one of {', '.join([*of_blocks, *below])}.")
     chosen = []
-    for block in blocks:
-        for name in modules[part]:
+    for block in find_blocks(model).values():
+        for name in of_blocks[part]:
             for weight in block.get_submodule(name).parameters():
                 # transformers' Conv1D is (inputs, outputs), and its outputs are queries, keys and values.
                 first = weight.shape[-1] // 3 if part == "keys_values" else 0
