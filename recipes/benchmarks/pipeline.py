@@ -7,8 +7,8 @@ r"""How long does a batch take over pipeline stages: backpropagation on torch's 
 
 A GPT-2 of 8 layers, d 256, context 128, batch 8, vocabulary 2,048, random tokens, float32, AdamW, no clipping. Each
 stage is a process pinned to a core. All methods take turns: in each round every one trains for a burst of batches, of
-which the first two are left out, as they fill the pipeline. A time is that of the slowest process; what is stated is
-the median over rounds and the quartiles.
+which the first K (two at least) are left out, as they fill the pipeline. A time is that of the slowest process; what is
+stated is the median over rounds and the quartiles.
 
 - ``trainer ...``: under GrapeTrainer; ``bare ...``: the same schedule in a loop without it. ``star``: e goes to
   all stages, B_l = I; ``star, local maps``: B_l is learned in every step.
