@@ -86,7 +86,7 @@ def row_of(grid: Grid, results: Mapping[str, Result], method: str, runs: Sequenc
     by_rate: dict[str, float | None] = {}
     for cell in grid.choices(method):
         if found := results.get(cell.name):
-            by_rate[f"{cell.learning_rate:g}"] = found["validation_loss"]
+            by_rate[f"{cell.learning_rate:g}"] = math.nan if found.get("partial") else found["validation_loss"]
     seconds = [run["seconds_a_step"] for run in runs if "seconds_a_step" in run]
     return {
         "method": method,
