@@ -107,7 +107,7 @@ def plot(table: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Non
     from matplotlib.figure import Figure
 
     metric, styles = table["metric"], ("-", "--", "-.", ":")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
     axes = figure.subplots()
     for i, row in enumerate(rows):
         curves: dict[float, list[float]] = defaultdict(list)
@@ -120,7 +120,7 @@ def plot(table: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Non
         axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=f"C{i}", alpha=0.2)
     axes.set(xlabel="epoch", ylabel=f"validation {metric} (%)", title=table["title"])
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")  # of up to ten lines
     figure.savefig(folder / "epochs.png", dpi=150)
 
     families: dict[str, dict[float, tuple[float, float]]] = defaultdict(dict)
