@@ -148,7 +148,8 @@ def take_places(stages: int, timeout: float) -> Places:
         raise ValueError(
             f"pipeline_stages={stages} divides the model among {stages} processes, or each of several replicas among "
             f"as many: expected a multiple of {stages} processes, found {world}. Start it with `accelerate launch "
-            f"--num_processes {stages} your_script.py`; on CPUs add `--use_cpu True` to the script's own options."
+            f"--num_processes {stages} your_script.py`, on CPUs with `torchrun --nproc_per_node {stages} "
+            "your_script.py` and `use_cpu=True` among the arguments."
         )
     rank, replicas = dist.get_rank(), world // stages
     replica, stage = divmod(rank, stages)
