@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import LEARNED, arguments, assert_same
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 from transformers import (
@@ -102,8 +103,9 @@ def test_checkpointed_segments_of_several_blocks(segments, space, tmp_path, capl
             trainer.train()
             feedback = {f"B_{i}": b for i, b in enumerate(trainer.feedback)}
             made.append(dict(net.named_parameters()) | feedback)
-        # Recomputed blocks round otherwise with torch 2.11, and a refit, which solves a system, makes 3e-9 of it.
-        assert_same(made[1], made[0], rtol=1e-7, atol=1e-10)
+        # With torch 2.11 recomputed blocks round otherwise, and a refit, which solves a system, makes 3e-9 of it.
+        refit_there = "calibration_refit" in options and Version(torch.__version__) < Version("2.12")
+        assert_same(made[1], made[0], **(dict(rtol=1e-7, atol=1e-10) if refit_there else dict(rtol=1e-9, atol=1e-12)))
     assert "got no error" not in caplog.text  # blocks that ran again are no forward that ended before y
 
 

@@ -190,7 +190,8 @@ class TestExactPart:
         assert differ
 
     def test_an_unknown_part(self):
-        with pytest.raises(ValueError, match=r"exact_part='queries': expected one of attention, .* block_1\."):
+        parts = "attention, mlp, keys_values, embeddings, block_1"
+        with pytest.raises(ValueError, match=rf"exact_part='queries': expected one of {parts}\."):
             part_of(tiny_model(), "queries")
 
 

@@ -36,7 +36,7 @@ class FiniteGuard:
     def admit(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
         """Return ``new`` if every number in it is finite, else ``old``; matrices of equal shapes, one for one."""
         device = old[0].device
-        # A sum has NaN or Inf if one of its numbers is either, and takes a kernel a matrix.
+        # A sum is not finite if one of its numbers is not, and takes a kernel a matrix. (Nor is it if all are huge.)
         finite = torch.stack([b.sum().to(device) for b in new]).isfinite().all()
         if self.counts is None:
             self.counts = torch.zeros(3, dtype=torch.int64, device=device)

@@ -40,6 +40,18 @@ class StudyTrainer(GrapeTrainer):
         """The model's blocks, f_1 .. f_L."""
         return list(find_blocks(self.model, self.args.blocks).values())
 
+    def exact_gradients(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any, weights: Sequence[nn.Parameter]
+    ) -> Sequence[Tensor]:
+        """Return what backpropagation gives the weights, by a forward and a backward outside the star.
+
+        A model with dropout would draw another mask there than in the step.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        return torch.autograd.grad(loss, weights)
+
 
 class LateStages(StudyTrainer):
     r"""Backpropagation over K stages none of which waits for a gradient: stage s = 0 .. K-1 takes one K-1-s steps old.
@@ -109,19 +121,15 @@ class FirstPoints(StudyTrainer):
 class ExactPart(StudyTrainer):
     """The star, but for the weights of one part of the model, which get the exact gradient of the same batch.
 
-    The exact gradient is of a forward and a backward outside the star, at the same weights; a model with dropout would
-    draw another mask there. Parts of every block: ``attention`` and ``mlp``, each with the norm in front of it;
+    Parts of every block: ``attention`` and ``mlp``, each with the norm in front of it;
     ``keys_values``, the rows of the attention's projection that make keys and values. Below the first feedback point:
     ``embeddings``, and ``block_1``. GPT-2's names.
     """
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
         """Take the exact gradients, then the star's step, and put the first in the place of the second."""
-        prepared = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, prepared, num_items_in_batch=num_items_in_batch)
         chosen = part_of(self.model, self.value)
-        exact = torch.autograd.grad(loss, [weight for weight, _ in chosen])
+        exact = self.exact_gradients(model, inputs, num_items_in_batch, [weight for weight, _ in chosen])
         loss = super().training_step(model, inputs, num_items_in_batch, **kwargs)
         for (weight, columns), gradient in zip(chosen, exact, strict=True):
             assert weight.grad is not None
@@ -152,10 +160,7 @@ class Unbiased(StudyTrainer):
         weights = [p for p in self.model.parameters() if p.requires_grad]
         exact: Sequence[Tensor] = ()
         if self.state.global_step % self.value == 0:
-            prepared = self._prepare_inputs(inputs)
-            with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, prepared, num_items_in_batch=num_items_in_batch)
-            exact = torch.autograd.grad(loss, weights)
+            exact = self.exact_gradients(model, inputs, num_items_in_batch, weights)
         loss = super().training_step(model, inputs, num_items_in_batch, **kwargs)
         if exact:
             self._measured += 1
