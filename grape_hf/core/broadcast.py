@@ -93,7 +93,7 @@ class BroadcastMode(FollowingMode):
 
     def recomputation(self) -> "BroadcastMode":
         """Return a mode that does the same to the graph as this one. Raises RuntimeError if no forward had a graph."""
-        if not self.forwards:  # what runs again ran without gradients before, unseen
+        if not self.forwards:  # what runs again ran without gradients: hooks inside a reentrant checkpoint
             raise RuntimeError(f"blocks run in the backward that had no graph in the forward. {REENTRANT}")
         return BroadcastMode(self.boundaries, self.B, refinement=self.refinement)
 

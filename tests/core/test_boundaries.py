@@ -369,6 +369,25 @@ def test_reentrant_checkpointing_is_refused():
         model(torch.randn(2, 7, 5))
 
 
+def test_hooks_inside_a_reentrant_checkpoint_are_refused_in_the_backward():
+    """The forward has no gradients there, so nothing was cut; before transformers 5.23 its models were like that."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x)
+            for block in self.blocks:
+                h = checkpoint(block, h, use_reentrant=True)
+            return self.head(h)
+
+    model = Checkpointed(3)
+    boundaries = Boundaries(model.blocks)
+    with boundaries.attached(), boundaries.broadcast([torch.eye(5)] * 2):
+        loss = model(torch.randn(2, 7, 5)).square().sum()
+        with pytest.raises(RuntimeError, match="had no graph in the forward.*use_reentrant"):
+            loss.backward()
+
+
 def test_perturb_ends_the_forward_at_the_output():
     model = Stack(3)
     boundaries = Boundaries(model.blocks)
