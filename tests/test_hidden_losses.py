@@ -95,6 +95,25 @@ def test_auxiliary_heads_on_every_boundary(checkpointed, compiled, tmp_path):
     assert_same(dict(net.named_parameters()), by_hand(twin, trainer.feedback), rtol=1e-9, atol=1e-12)
 
 
+def test_sweeps_carry_the_error_at_y_and_no_auxiliary_loss(tmp_path):
+    """Three sweeps: the exact gradient of the loss at the end, and of each auxiliary one what its own block gets."""
+    torch.manual_seed(0)
+    net = Deep().double()
+    options = STEP | {"feedback_sweeps": 3, "per_device_train_batch_size": 8}
+    trainer = GrapeTrainer(net, arguments(tmp_path, **options), train_dataset=rows())
+    torch.manual_seed(0)
+    twin = Deep().double()
+    trainer.train()
+    x, labels = (torch.stack([row[name] for row in rows()]) for name in ("x", "labels"))
+    h, alone = [twin.stem(x)], [twin.stem(x)]
+    for block in twin.blocks:
+        h.append(block(h[-1]))
+        alone.append(block(h[-2] if len(h) == 2 else h[-2].detach()))
+    (F.cross_entropy(twin.out(h[-1]), labels) + twin.side(alone[1:4], labels)).backward()
+    expected = {name: p - RATE * p.grad for name, p in twin.named_parameters()}
+    assert_same(dict(net.named_parameters()), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_a_loss_on_one_boundary_alone_is_backpropagation_for_its_block(tmp_path):
     """As deep supervision does: what the head at the end gets is nothing."""
     moved = {}

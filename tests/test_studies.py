@@ -31,6 +31,7 @@ from study_trainers import (
     FirstPoints,
     LateStages,
     MeasuredUpdates,
+    RandomSigns,
     SmallerBelow,
     Unbiased,
     part_of,
@@ -193,6 +194,22 @@ class TestExactPart:
         parts = "attention, mlp, keys_values, embeddings, block_1"
         with pytest.raises(ValueError, match=rf"exact_part='queries': expected one of {parts}\."):
             part_of(tiny_model(), "queries")
+
+
+class TestRandomSigns:
+    def test_the_stars_error_is_turned_round_or_left(self, tmp_path: Path):
+        _, star = trained(tmp_path / "star", GrapeTrainer, steps=1, **STAR)
+        _, bp = trained(tmp_path / "bp", GrapeTrainer, steps=1, method="bp")
+        turned = set()
+        for seed in range(6):
+            _, used = trained(tmp_path / f"{seed}", lambda **kw: RandomSigns(True, **kw), steps=1, seed=seed, **STAR)
+            name = "transformer.h.0.mlp.c_fc.weight"
+            turned.add(sign := not torch.allclose(used.gradients[0][name], star.gradients[0][name]))
+            for name, gradient in used.gradients[0].items():
+                exact, wrong = bp.gradients[0][name], star.gradients[0][name]
+                expected = exact - (wrong - exact) if sign else wrong
+                torch.testing.assert_close(gradient, expected, msg=lambda t, n=name: f"{n}: {t}")
+        assert turned == {True, False}
 
 
 class TestUnbiased:

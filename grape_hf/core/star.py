@@ -9,8 +9,9 @@ are two ways to a better delta, which use the graphs of the blocks before these 
 
   .. math:: \delta'_{l-1} = F_l(\delta_l) + C_l(\delta'_l - \delta_l), \qquad \delta'_L = \delta_L = e.
 
-  After n sweeps the n highest deltas are exact, so L - 1 sweeps are backpropagation. Source: METHOD.md; published for
-  C = identity as Highway-BP (Fagnou et al., ICLR 2025, arXiv 2501.17086).
+  After n sweeps the n highest deltas are exact, so L - 1 sweeps are backpropagation of e. What else reads h_l (an
+  auxiliary head, a router's loss) comes to block l later, with its own backward, and is in no delta below. Source:
+  METHOD.md; published for C = identity as Highway-BP (Fagnou et al., ICLR 2025, arXiv 2501.17086).
 """
 
 from dataclasses import dataclass

@@ -7,6 +7,7 @@ Each is chosen in a study's YAML by ``trainer: {<name>: <value>}`` among a metho
 - ``exact_part: name``: exact weight gradients for one part of every block (``ExactPart``);
 - ``measured_updates: cosine``: gradients of a block times their measured cosine (``MeasuredUpdates``);
 - ``smaller_below: c``: gradients times c in the lower two thirds of the blocks (``SmallerBelow``);
+- ``random_signs: true``: the exact gradient and the star's error, its sign drawn for each step (``RandomSigns``);
 - ``bias_every: k``: what the exact gradient has beside the star's, measured in every k-th step, added (``Unbiased``).
 
 They count on one backward for each optimiser step.
@@ -137,6 +138,32 @@ class ExactPart(StudyTrainer):
         return loss
 
 
+class RandomSigns(StudyTrainer):
+    r"""The exact gradient g' of each step, with the star's error as noise: of its size, and zero on the mean.
+
+    .. math::
+        g \leftarrow g' + s\, (g - g'), \qquad s = \pm 1 \text{ with equal chances, drawn for each step.}
+
+    What this loses to backpropagation, the error's size alone has lost. What the star loses beyond it, it has lost by
+    errors that are the same in every batch. The signs have a generator of their own.
+    """
+
+    def __init__(self, value: bool, **kwargs: Any) -> None:
+        super().__init__(value, **kwargs)
+        self._signs = torch.Generator().manual_seed(self.args.seed)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
+        """Take the exact gradients, then the star's step, and turn its error round in half of all steps."""
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        exact = self.exact_gradients(model, inputs, num_items_in_batch, weights)
+        loss = super().training_step(model, inputs, num_items_in_batch, **kwargs)
+        if torch.randint(2, (), generator=self._signs):
+            for weight, gradient in zip(weights, exact, strict=True):
+                assert weight.grad is not None
+                weight.grad.neg_().add_(gradient, alpha=2.0)
+        return loss
+
+
 class Unbiased(StudyTrainer):
     r"""The star, with what it leaves out on average put back: measured in one step of k, added in every step.
 
@@ -252,6 +279,7 @@ TRAINERS: dict[str, type[StudyTrainer]] = {
     "exact_part": ExactPart,
     "measured_updates": MeasuredUpdates,
     "smaller_below": SmallerBelow,
+    "random_signs": RandomSigns,
     "bias_every": Unbiased,
 }
 
