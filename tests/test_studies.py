@@ -6,8 +6,10 @@ First half: gradients against oracles. Second half: which cells are run and what
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,15 @@ STUDIES: list[tuple[type[Study], Path]] = [
     *((ImageStudy, path) for path in [*(FOLDER / "image_model").glob("*.yaml")]),
 ]
 LAYERS, CONTEXT = 4, 8
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_in_outputs() -> Iterator[None]:
+    """Studies keep data and scratch files in ``outputs``: those of a test have its process in their names."""
+    yield
+    for folder in ("study_data", "studies"):
+        for path in (TOP / "outputs" / folder).glob(f"*-{os.getpid()}*"):
+            shutil.rmtree(path)
 
 
 def tiny_model() -> GPT2LMHeadModel:
