@@ -57,8 +57,9 @@ def nothing_left_in_outputs() -> Iterator[None]:
     """Studies keep data and scratch files in ``outputs``: those of a test have its process in their names."""
     yield
     for folder in ("study_data", "studies"):
-        for path in (TOP / "outputs" / folder).glob(f"*-{os.getpid()}*"):
-            shutil.rmtree(path)
+        for name in (f"*-{os.getpid()}", f"*-{os.getpid()}-*"):  # and not those of a process whose number begins so
+            for path in (TOP / "outputs" / folder).glob(name):
+                shutil.rmtree(path)
 
 
 def tiny_model() -> GPT2LMHeadModel:

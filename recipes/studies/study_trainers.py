@@ -153,11 +153,12 @@ class RandomSigns(StudyTrainer):
         self._signs = torch.Generator().manual_seed(self.args.seed)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
-        """Take the exact gradients, then the star's step, and turn its error round in half of all steps."""
+        """Take the star's step, and in half of all steps turn its error round, by exact gradients taken before."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
-        exact = self.exact_gradients(model, inputs, num_items_in_batch, weights)
+        turned = bool(torch.randint(2, (), generator=self._signs))
+        exact = self.exact_gradients(model, inputs, num_items_in_batch, weights) if turned else ()
         loss = super().training_step(model, inputs, num_items_in_batch, **kwargs)
-        if torch.randint(2, (), generator=self._signs):
+        if turned:
             for weight, gradient in zip(weights, exact, strict=True):
                 assert weight.grad is not None
                 weight.grad.neg_().add_(gradient, alpha=2.0)
