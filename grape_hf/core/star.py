@@ -9,9 +9,12 @@ are two ways to a better delta, which use the graphs of the blocks before these 
 
   .. math:: \delta'_{l-1} = F_l(\delta_l) + C_l(\delta'_l - \delta_l), \qquad \delta'_L = \delta_L = e.
 
-  After n sweeps the n highest deltas are exact, so L - 1 sweeps are backpropagation of e. What else reads h_l (an
-  auxiliary head, a router's loss) comes to block l later, with its own backward, and is in no delta below. Source:
-  METHOD.md; published for C = identity as Highway-BP (Fagnou et al., ICLR 2025, arXiv 2501.17086).
+  A sweep makes the highest delta exact that was not. The others go half way, to :math:`(\delta_l + \delta'_l) / 2`
+  (relaxation): beside what it takes away of the error, F_l of a wrong delta brings in new errors, which have little
+  in common with those of the delta before. After n sweeps the n highest deltas are exact, so L - 1 sweeps are
+  backpropagation of e. What else reads h_l (an auxiliary head, a router's loss) comes to block l later, with its own
+  backward, and is in no delta below. Source: METHOD.md; published for C = identity, without relaxation, as Highway-BP
+  (Fagnou et al., ICLR 2025, arXiv 2501.17086).
 """
 
 from dataclasses import dataclass
@@ -26,6 +29,8 @@ from grape_hf.core.lesson import Lesson
 from grape_hf.core.paths import pull_back
 
 Matrix = Tensor | Literal["identity"]
+
+_RELAXATION = 0.5  # how far a sweep takes a delta that it does not make exact; measured (LOG.md, 29 November 2026)
 
 
 def project_error(e: Tensor, B: Matrix, h_shape: torch.Size, pairing: Pairing) -> Tensor:
@@ -182,6 +187,8 @@ class Star:
                 if above is not None and corrected[above] is not deltas[above]:
                     change = self._coarse(index, above, corrected[above] - deltas[above].to(corrected[above]))
                 corrected[index] = v if change is None else v + change.to(v)
+            for index in below[:-1]:  # that of the last is exact now
+                corrected[index] = deltas[index].to(corrected[index]).lerp(corrected[index], _RELAXATION)
             deltas = corrected
         return deltas
 
