@@ -42,7 +42,7 @@ _PATH = (
 )
 _SWEEPS = (
     " Before the errors are used they are corrected {times}: each block sends its own back through itself, all at "
-    "once, and the error of the block below goes half way to what came out; all the way where that is exact."
+    "once, and that of the block below goes about half way to what came out; all the way where that is exact."
 )
 
 # What the matrices of DFA are, by the start that they stay at; `auto` is one of the first two.

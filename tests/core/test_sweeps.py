@@ -122,7 +122,12 @@ def test_a_sweep_is_the_formula_in_plain_loops(sweeps):
             source = maps.G[i]
             corrected[i] = F(i + 1, D[i + 1]) + (corrected[i + 1] - D[i + 1]) @ source.mT
         exact = 3 - number  # of the four deltas below e the first sweep makes the highest exact, the second the next
-        D = [new if i >= exact else (old + new) / 2 for i, (old, new) in enumerate(zip(D, corrected, strict=True))]
+        for i in range(exact):
+            for sample, old in enumerate(D[i]):
+                new = corrected[i][sample].clone()
+                w = new.square().sum() / (old.square().sum() + new.square().sum())
+                corrected[i][sample] = (1 - w) * old + w * new
+        D = corrected
     assert len(seen) == 5
     for i, delta in enumerate(D):
         torch.testing.assert_close(seen[i], delta)
