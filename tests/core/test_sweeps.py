@@ -133,6 +133,25 @@ def test_a_sweep_is_the_formula_in_plain_loops(sweeps):
         torch.testing.assert_close(seen[i], delta)
 
 
+def test_a_sweep_from_nothing_goes_all_the_way_and_nothing_stays_nothing():
+    """All deltas begin at zero; of one sample, whose error is zero too, they stay there, and are no NaN."""
+    torch.manual_seed(1)
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()).double() for _ in range(3)]
+    x, weight = torch.randn(2, 3, WIDTH, **DOUBLE), torch.randn(2, 3, WIDTH, **DOUBLE)
+    weight[1] = 0
+    boundaries, seen = Boundaries(blocks), []
+    handle = blocks[0].register_forward_hook(lambda *args: args[-1].register_hook(seen.append), prepend=True)
+    zeros = [torch.zeros(WIDTH, WIDTH, **DOUBLE)] * 2
+    with boundaries.attached(), boundaries.broadcast(zeros, refinement=Refinement(sweeps=1)):
+        (nn.Sequential(*blocks)(x) * weight).sum().backward()
+    handle.remove()
+    # F of the delta at h_2, which is zero, and by the identity what has changed there: the exact gradient.
+    at = nn.Sequential(*blocks[:2])(x).detach().requires_grad_()
+    (exact,) = torch.autograd.grad(blocks[2](at), at, weight)
+    torch.testing.assert_close(seen[0], exact)
+    assert not seen[0][1].any()
+
+
 def test_maps_learn_from_the_deltas_that_they_made():
     """Not from the corrected ones, of which delta_l is not G_{l+1} delta_{l+1} any more."""
     model, maps = GPT2.model(torch.float64), learned_maps(2)
