@@ -140,7 +140,11 @@ def test_a_sweep_from_nothing_goes_all_the_way_and_nothing_stays_nothing():
     x, weight = torch.randn(2, 3, WIDTH, **DOUBLE), torch.randn(2, 3, WIDTH, **DOUBLE)
     weight[1] = 0
     boundaries, seen = Boundaries(blocks), []
-    handle = blocks[0].register_forward_hook(lambda *args: args[-1].register_hook(seen.append), prepend=True)
+
+    def note(module: nn.Module, args: tuple, output: Tensor) -> None:
+        output.register_hook(seen.append)
+
+    handle = blocks[0].register_forward_hook(note, prepend=True)
     zeros = [torch.zeros(WIDTH, WIDTH, **DOUBLE)] * 2
     with boundaries.attached(), boundaries.broadcast(zeros, refinement=Refinement(sweeps=1)):
         (nn.Sequential(*blocks)(x) * weight).sum().backward()
