@@ -243,9 +243,9 @@ class GrapeArgumentsMixin:
     feedback_sweeps: Annotated[int | None, Range(int, 0)] = _option(
         "feedback_sweeps",
         "How often the errors of all blocks are corrected at once before they are used. Each block sends its error "
-        "back through itself, and that of the block below goes about half way to what came out. As many sweeps as "
-        "feedback points are ordinary backpropagation, but for losses on inner layers. Each takes one backward without "
-        "weight gradients. Not in the paper.",
+        "back through itself, and that of the block below goes half way to what came out, or all the way where "
+        "that is exact. As many sweeps as feedback points are ordinary backpropagation, but for losses on inner "
+        "layers. Each takes one backward without weight gradients. Not in the paper.",
     )
     feedback_lr: Annotated[float | None, Range(float, 0)] = _option(
         "feedback_lr",

@@ -9,16 +9,12 @@ are two ways to a better delta, which use the graphs of the blocks before these 
 
   .. math:: \delta'_{l-1} = F_l(\delta_l) + C_l(\delta'_l - \delta_l), \qquad \delta'_L = \delta_L = e.
 
-  A sweep makes the highest delta exact that was not. The others go a part of the way (relaxation), in each sample
-
-  .. math:: \delta_l + w (\delta'_l - \delta_l), \qquad w = |\delta'_l|^2 / (|\delta_l|^2 + |\delta'_l|^2):
-
-  F_l of a wrong delta brings in new errors, which have little in common with those of the delta before, so a mean of
-  the two has smaller ones. It is half way where both are of one size, and nearly all where the delta before was far
-  too small, as down the shortcut path of a ResNet. After n sweeps the n highest deltas are exact, so L - 1 sweeps
-  are backpropagation of e. What else reads h_l (an auxiliary head, a router's loss) comes to block l later, with its
-  own backward, and is in no delta below. Source: METHOD.md; published for C = identity, without relaxation, as
-  Highway-BP (Fagnou et al., ICLR 2025, arXiv 2501.17086).
+  A sweep makes the highest delta exact that was not. The others go half way, to :math:`(\delta_l + \delta'_l) / 2`
+  (relaxation): F_l of a wrong delta brings in new errors, which have little in common with those of the delta before.
+  Down the shortcut path they go all the way, as the deltas before are far too small there. After n sweeps the n
+  highest deltas are exact, so L - 1 sweeps are backpropagation of e. What else reads h_l (an auxiliary head, a
+  router's loss) comes to block l later, with its own backward, and is in no delta below. Source: METHOD.md; published
+  for C = identity, without relaxation, as Highway-BP (Fagnou et al., ICLR 2025, arXiv 2501.17086).
 """
 
 from dataclasses import dataclass
@@ -33,6 +29,8 @@ from grape_hf.core.lesson import Lesson
 from grape_hf.core.paths import pull_back
 
 Matrix = Tensor | Literal["identity"]
+
+_RELAXATION = 0.5  # how far a sweep takes a delta that it does not make exact; measured (LOG.md, 29 November 2026)
 
 
 def project_error(e: Tensor, B: Matrix, h_shape: torch.Size, pairing: Pairing) -> Tensor:
@@ -189,8 +187,9 @@ class Star:
                 if above is not None and corrected[above] is not deltas[above]:
                     change = self._coarse(index, above, corrected[above] - deltas[above].to(corrected[above]))
                 corrected[index] = v if change is None else v + change.to(v)
-            for index in below[:-1]:  # that of the last is exact now
-                corrected[index] = _relaxed(deltas[index], corrected[index])
+            if not self.path:
+                for index in below[:-1]:  # that of the last is exact now
+                    corrected[index] = torch.lerp(deltas[index].to(corrected[index]), corrected[index], _RELAXATION)
             deltas = corrected
         return deltas
 
@@ -221,12 +220,3 @@ class Star:
 def _matrix_part(arm: Arm, e: Tensor) -> Tensor | None:
     """Return B_l e in the shape of h_l; None if the matrix has no part."""
     return None if arm.B is None else project_error(e, arm.B, arm.h.shape, arm.pairing).to(arm.h)
-
-
-def _relaxed(delta: Tensor, corrected: Tensor) -> Tensor:
-    """Return delta + w (delta' - delta) with the w of each sample, which are along the first dimension."""
-    before, after = delta.to(corrected), corrected
-    wide, inner = torch.promote_types(after.dtype, torch.float32), tuple(range(1, after.ndim))
-    sizes = [torch.linalg.vector_norm(t, dim=inner, keepdim=True, dtype=wide) for t in (before, after)]
-    ratio = sizes[0] / sizes[1].clamp(min=torch.finfo(wide).tiny)  # 0, and w 1, where both vanish
-    return before.lerp(after, (1 / (1 + ratio.square())).to(after))

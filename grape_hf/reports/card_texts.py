@@ -42,8 +42,9 @@ _PATH = (
 )
 _SWEEPS = (
     " Before the errors are used they are corrected {times}: each block sends its own back through itself, all at "
-    "once, and that of the block below goes about half way to what came out; all the way where that is exact."
+    "once, and that of the block below {goes} what came out."
 )
+_GOES = {"shortcut": "becomes", "matrix": "goes half way, and where that is exact all the way, to"}
 
 # What the matrices of DFA are, by the start that they stay at; `auto` is one of the first two.
 FIXED = {"identity": "fixed identity", "gaussian": "fixed random", "zero": "fixed zero", "auto": "fixed"}
@@ -134,7 +135,8 @@ def about(options: GrapeArgumentsMixin) -> str:
         text = text.replace(_LEARNED, _BY_MAPS)
     if options.method in ("grape", "dfa"):
         text += _PATH if options.feedback_path == "shortcut" else ""
-        text += _SWEEPS.format(times=times(options.feedback_sweeps)) if options.feedback_sweeps else ""
+        goes = _GOES[str(options.feedback_path)]
+        text += _SWEEPS.format(times=times(options.feedback_sweeps), goes=goes) if options.feedback_sweeps else ""
     return text
 
 
