@@ -7,6 +7,7 @@ L blocks, N = samples x positions, d = width = n_l = n_y.
 import dataclasses
 import gc
 import weakref
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,20 @@ class KernelCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class ProductCounter(TorchDispatchMode):
+    """Counts matrix products by the type of their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.name().split("::")[1].split(".")[0] in ("mm", "bmm", "addmm", "baddbmm"):
+            self.types[made.dtype] += 1
+        return made
+
+
 def step_flops(folder: Path, step: int = 1, **options: Any) -> int:
     """Operations of one optimiser step of the Trainer, by default the second: the first one probes the shapes."""
     counter = FlopCounterMode(display=False)
@@ -111,6 +126,26 @@ def test_a_star_costs_backpropagation_and_one_product_with_each_feedback_matrix(
 
 def test_a_frozen_identity_costs_backpropagation(tmp_path):
     assert step_flops(tmp_path, method="dfa", feedback_init="identity") == step_flops(tmp_path, method="bp")
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        (GAUSSIAN, {torch.bfloat16: BLOCKS - 1}),
+        # The backward of the blocks behind: four products with weights, four of attention.
+        (GAUSSIAN | {"feedback_sweeps": 1}, {torch.bfloat16: (BLOCKS - 1) * (1 + 8)}),
+    ],
+    ids=["star", "sweep"],
+)
+def test_under_autocast_products_with_matrices_are_computed_like_those_of_the_blocks(tmp_path, options, more):
+    """In float32 they would take a GPU ten times as long, and be a tenth of a step."""
+
+    def products(**options: Any) -> Counter[torch.dtype]:
+        counter = ProductCounter()
+        count_in(counter, EAGER, tmp_path, bf16=True, **options)
+        return counter.types
+
+    assert products(**options) - products(method="bp") == more
 
 
 @pytest.mark.parametrize(

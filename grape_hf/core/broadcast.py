@@ -11,7 +11,7 @@ from grape_hf.core.layout import Pairing
 from grape_hf.core.lesson import Lesson
 from grape_hf.core.modes import FollowingMode, Forward
 from grape_hf.core.nodes import Broadcast, Cut, Receive, Through
-from grape_hf.core.star import Arm, Matrix, Star
+from grape_hf.core.star import Arm, Matrix, Star, autocast_dtype
 
 if TYPE_CHECKING:
     from grape_hf.core.boundaries import Boundaries
@@ -119,6 +119,7 @@ class BroadcastMode(FollowingMode):
             assert isinstance(mode, BroadcastMode)
             if mode.cuts_have_graphs:
                 refuse_recomputed(index, h, block)
+            mode.star.dtype = autocast_dtype(h)
             padding, still = pairing.padding, pairing.padded(None)
             mode.token = Receive.apply(h, mode.token, self.B[index], mode.star, index, padding, still)
             cut = mode.cut(index, h, pairing)

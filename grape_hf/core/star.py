@@ -54,6 +54,14 @@ def project_error(e: Tensor, B: Matrix, h_shape: torch.Size, pairing: Pairing) -
     return layout.restore(delta, h_shape)
 
 
+def autocast_dtype(h: Tensor) -> torch.dtype | None:
+    """Return what autocast computes products with h in now; None if it is off, as it always is for meta tensors."""
+    device = h.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 @dataclass(frozen=True)
 class Arm:
     """A boundary of one forward, with its graph.
@@ -90,6 +98,7 @@ class Star:
         y: the output with its graph, kept for sweeps and paths alone.
         sweeping: whether a sweep is under way. Its backward comes by the nodes of arms that lie below, which then
             receive nothing.
+        dtype: in which products with matrices are computed: autocast's, as for the blocks' own; None for that of e.
     """
 
     def __init__(
@@ -101,6 +110,8 @@ class Star:
         self.arms: dict[int, Arm] = {}
         self.y: Tensor | None = None
         self.sweeping = False
+        self.dtype: torch.dtype | None = None
+        self._rounded: Tensor | None = None  # e in that dtype
         self._ready: dict[int, Tensor] = {}
 
     def put(self, e: Tensor) -> None:
@@ -128,14 +139,22 @@ class Star:
         delta = self._ready.pop(index, None)
         if delta is None:
             assert B is not None
-            delta = project_error(self.e, B, h_shape, pairing)
+            delta = self._project(self.e, B, h_shape, pairing)
         if self.lesson is not None:
             self.lesson.sent(index, delta, pairing, self.e)
         return delta
 
+    def _project(self, e: Tensor, B: Matrix, h_shape: torch.Size, pairing: Pairing) -> Tensor:
+        """Return B_l e, computed in ``dtype``."""
+        if self.dtype is not None and not isinstance(B, str):
+            if self._rounded is None:
+                self._rounded = e.to(self.dtype)
+            e = self._rounded
+        return project_error(e, B, h_shape, pairing)
+
     def _by_matrices(self, e: Tensor) -> dict[int, Tensor]:
         """Return B_l e of all boundaries in the shapes of their h_l."""
-        return {index: part for index, arm in self.arms.items() if (part := _matrix_part(arm, e)) is not None}
+        return {index: part for index, arm in self.arms.items() if (part := self._by_matrix(arm, e)) is not None}
 
     def _down_the_path(self, e: Tensor) -> dict[int, Tensor]:
         """Return delta_{l-1} = S_l delta_l + G_l delta_l from the top down, or S_l delta_l + B_{l-1} e without maps."""
@@ -145,7 +164,7 @@ class Star:
             arm = self.arms[index]
             parts = [self._pull(index, above, e if above is None else deltas[above])]
             if self.maps is None or self.maps.sources[index] is None:
-                parts.append(_matrix_part(arm, e))
+                parts.append(self._by_matrix(arm, e))
             elif above is not None and self.maps.sources[index] == above:
                 parts.append(self._by_map(index, deltas[above]))
             there = [part for part in parts if part is not None]
@@ -214,9 +233,9 @@ class Star:
         assert self.maps is not None
         arm = self.arms[index]
         layout = arm.pairing.layout
-        return layout.restore(self.maps.apply(index, layout.vectors(delta)), arm.h.shape).to(arm.h)
+        d = layout.vectors(delta)
+        return layout.restore(self.maps.apply(index, d.to(self.dtype or d.dtype)), arm.h.shape).to(arm.h)
 
-
-def _matrix_part(arm: Arm, e: Tensor) -> Tensor | None:
-    """Return B_l e in the shape of h_l; None if the matrix has no part."""
-    return None if arm.B is None else project_error(e, arm.B, arm.h.shape, arm.pairing).to(arm.h)
+    def _by_matrix(self, arm: Arm, e: Tensor) -> Tensor | None:
+        """Return B_l e in the shape of h_l; None if the matrix has no part."""
+        return None if arm.B is None else self._project(e, arm.B, arm.h.shape, arm.pairing).to(arm.h)

@@ -113,7 +113,9 @@ class StageFeedback:
         padding = self._padding[number]
         return (whole if padding is None else whole * padding.to(e)[..., None]).contiguous()
 
-    def deltas(self, points: Sequence[int], arrived: Tensor, e: Tensor) -> dict[int, Tensor]:
+    def deltas(
+        self, points: Sequence[int], arrived: Tensor, e: Tensor, dtype: torch.dtype | None = None
+    ) -> dict[int, Tensor]:
         """Return delta_l = B_l e at points of this stage, ``(batch, positions, n)`` each.
 
         The output of the last block is y itself: it has no matrix, and gets the error at y.
@@ -122,9 +124,10 @@ class StageFeedback:
             points: in order.
             arrived: the error as it travels (``spread``).
             e: on the last stage the error at y, else the same.
+            dtype: in which the products are computed, that of e by default.
         """
         self.settle()
-        return {point: project(arrived, self.B[point]) if point in self.B else e for point in points}
+        return {point: project(arrived, self.B[point], dtype) if point in self.B else e for point in points}
 
     def observe(self, inputs: Mapping[int, Tensor], deltas: Mapping[int, Tensor], arrived: Tensor) -> None:
         """Have the maps learn from the backward of a micro-batch.
@@ -234,6 +237,10 @@ def stage_feedback(
     return found
 
 
-def project(e: Tensor, B: Matrix) -> Tensor:
-    """Return B_l e for every position: ``(batch, positions, n_y)`` to ``(batch, positions, n_l)``."""
-    return e if isinstance(B, str) else e @ B.mT.to(e.dtype)
+def project(e: Tensor, B: Matrix, dtype: torch.dtype | None = None) -> Tensor:
+    """Return B_l e for every position: ``(batch, positions, n_y)`` to ``(batch, positions, n_l)``, as e is.
+
+    The product is computed in ``dtype``, by default that of e.
+    """
+    dtype = dtype or e.dtype
+    return e if isinstance(B, str) else (e.to(dtype) @ B.mT.to(dtype)).to(e)

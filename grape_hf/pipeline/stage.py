@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from grape_hf.core.broadcast import REENTRANT, check_gradient, refuse_recomputed
+from grape_hf.core.star import autocast_dtype
 from grape_hf.pipeline.feedback import StageFeedback
 from grape_hf.pipeline.look import Extent
 from grape_hf.pipeline.places import Places
@@ -45,6 +46,7 @@ class StageModule(nn.Module):
         inputs: by point, what the block behind it reads; kept for maps that learn.
         y: the last block's output, detached, at which e is measured; on the last stage.
         exact: by point and micro-batch, the gradient there; at the last block that is e.
+        dtype: that of autocast in the last forward; None without it.
     """
 
     def __init__(self, split: StageModel, places: Places, device: torch.device, points: Sequence[int]) -> None:
@@ -60,6 +62,7 @@ class StageModule(nn.Module):
         self.inputs: dict[int, Tensor] = {}
         self.y: Tensor | None = None
         self.exact: dict[tuple[int, int], Tensor] = {}
+        self.dtype: torch.dtype | None = None
         for index in [*points, max(split.blocks)] if places.is_last else points:
             split.blocks[index].register_forward_hook(self._behind(index))
 
@@ -99,7 +102,7 @@ class StageModule(nn.Module):
             check_gradient(index, h, module)
             refuse_recomputed(index, h, module)
             if h.requires_grad:
-                self.cut[index] = h
+                self.cut[index], self.dtype = h, autocast_dtype(h)
             return _put(output, self._handed_on(index, h))
 
         return hook
@@ -237,7 +240,7 @@ class FeedbackStage(PipelineStage):
         cut, e, arrived = waiting.cut, waiting.e, waiting.arrived
         assert e is not None
         assert arrived is not None
-        deltas = self.feedback.deltas(list(cut), arrived, e)
+        deltas = self.feedback.deltas(list(cut), arrived, e, self.module.dtype)
         if cut:  # nothing is trained in a stage without
             torch.autograd.backward(list(cut.values()), list(deltas.values()))
         if waiting.inputs:

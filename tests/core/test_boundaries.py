@@ -108,6 +108,30 @@ def test_each_boundary_gets_b_times_e():
     assert_same(got, gradients(model, locally + loss))
 
 
+class Shift(nn.Module):
+    """h + p: the gradient of p is delta_l itself, in float32 as a Transformer's residual stream under autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.randn(2, 7, 5))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.p
+
+
+def test_under_autocast_b_times_e_is_rounded_and_e_itself_is_not():
+    blocks, (x, target), B = nn.ModuleList(Shift() for _ in range(3)), torch.randn(2, 2, 7, 5), torch.randn(5, 5)
+    boundaries = Boundaries(blocks)
+    with boundaries.attached(), boundaries.broadcast([B, "identity"]):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = nn.Sequential(*blocks)(x)
+        F.mse_loss(y, target, reduction="sum").backward()
+    e = 2 * (y.detach() - target)
+    assert torch.equal(blocks[2].p.grad, e)
+    assert torch.equal(blocks[1].p.grad, e)
+    assert torch.equal(blocks[0].p.grad, (e.bfloat16() @ B.mT.bfloat16()).float())
+
+
 def test_identities_need_no_product():
     model, x, seen = Stack(3).double(), torch.randn(2, 7, 5, dtype=torch.float64), []
     for B in ([torch.eye(5, dtype=torch.float64)] * 2, ["identity"] * 2):

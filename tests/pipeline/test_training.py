@@ -183,11 +183,15 @@ def test_direct_feedback_resumes_in_one_process_and_back(method, processes, tmp_
     assert_same(more.weights, expected.weights, **CLOSE)
 
 
-def test_mixed_precision_is_that_of_the_same_micro_batches(processes, tmp_path):
+STAR = {"method": "dfa", "feedback_init": "gaussian", "feedback_space": "hidden", "feedback_points": 1}
+
+
+@pytest.mark.parametrize("method", [{"method": "bp"}, STAR], ids=["bp", "star"])
+def test_mixed_precision_is_that_of_the_same_micro_batches(processes, tmp_path, method):
     """Without clipping and tied weights, whose sums have another order, stages are accumulation bit for bit."""
     options = {"bf16": True, "dtype": torch.float32, "max_grad_norm": 0.0, "eval_strategy": "no"}
     halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    expected = alone("llama-untied", tmp_path / "alone", options | halves)
-    over = options | {"method": "bp", "pipeline_stages": 2, "pipeline_microbatches": 2}
+    expected = alone("llama-untied", tmp_path / "alone", options | halves | method)
+    over = options | method | {"pipeline_stages": 2, "pipeline_microbatches": 2}
     found, _ = processes.run_on(2, stages.train, "llama-untied", tmp_path / "stages", **over)
     assert_same(found.weights, expected.weights)
