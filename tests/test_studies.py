@@ -26,6 +26,7 @@ from grid import TOP, Cell, Grid, fill
 from image_model import ImageStudy
 from image_pixels import squeezed, unsqueezed
 from language_model import LanguageStudy
+from matplotlib.figure import Figure
 from study import Study, run
 from study_trainers import (
     TRAINERS,
@@ -483,6 +484,14 @@ class TestReport:
         (row,) = json.loads((tmp_path / "table.json").read_text())
         assert (row["seeds"], row["unfinished"], row["validation"]) == (1, 1, 2.0)
         assert curves.seeds_of([{1: 3.0, 2: 2.0}, {1: 3.5}]) == {1: [3.0, 3.5]}
+
+    @pytest.mark.parametrize(("method", "pictures"), [("bp", 2), ("dfa", 1)])
+    def test_a_distance_to_bp_is_drawn_where_bp_has_run(self, method: str, pictures: int, tmp_path: Path, monkeypatch):
+        drawn: list[int] = []
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(len(figure.axes)))
+        run = {"method": method, "learning_rate": 0.1, "seed": 0, "curve": [[1, 3.0], [2, 2.0]]}
+        curves.plot({"title": "t", "data": {"context": 8}}, {method: [run]}, tmp_path / "curves.png")
+        assert drawn == [pictures]
 
     def test_files_of_a_limited_size(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(bundle, "_FILE_BYTES", 100)

@@ -146,15 +146,16 @@ def curve_of(run: Result, settings: Mapping[str, Any]) -> dict[int, float]:
 def plot(settings: Mapping[str, Any], shown: Mapping[str, Sequence[Result]], path: Path) -> None:
     """Draw the validation loss over steps, and how far it is above the mean of bp; seeds as a band.
 
-    Where some method is far off, the second picture ends at 0.3 nats.
+    Where some method is far off, the second picture ends at 0.3 nats; where bp has not run there is none.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(11, 4.2 + 0.1 * (len(shown) + 1)), layout="constrained")  # with a row for two labels
+    figure.suptitle(settings["title"])
     curves = {method: seeds_of([curve_of(run, settings) for run in runs]) for method, runs in shown.items()}
     bp = {step: statistics.fmean(values) for step, values in curves.get("bp", {}).items()}
+    left, *above = figure.subplots(1, 2 if bp else 1, squeeze=False)[0]
     for i, (method, curve) in enumerate(curves.items()):
         style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _STYLES[i % len(_STYLES)]}
         runs = shown[method]
@@ -163,18 +164,19 @@ def plot(settings: Mapping[str, Any], shown: Mapping[str, Sequence[Result]], pat
         _line(left, curve, style | {"label": label})
         common = {step: [value - bp[step] for value in values] for step, values in curve.items() if step in bp}
         if common:
-            _line(right, common, style)
-    left.set(xlabel="optimiser step", ylabel="validation loss (nats per token)", xscale="log", title=settings["title"])
-    right.set(xlabel="optimiser step", ylabel="above the mean of bp (nats per token)")
+            _line(above[0], common, style)
+    left.set(xlabel="optimiser step", ylabel="validation loss (nats per token)", xscale="log")
     steps = sorted(step for curve in curves.values() for step in curve)
     left.set_xticks(
         [step for step in (100, 200, 500, 1000, 2000, 5000, 10_000) if steps and steps[0] <= step <= steps[-1]]
     )
     left.xaxis.set_major_formatter(ScalarFormatter())
     left.xaxis.set_minor_formatter(NullFormatter())
-    if right.get_ylim()[1] > 2 * _FAR:
-        right.set_ylim(top=_FAR)  # what is far off would hide how the others differ
-    for axes in (left, right):
+    for right in above:
+        right.set(xlabel="optimiser step", ylabel="above the mean of bp (nats per token)")
+        if right.get_ylim()[1] > 2 * _FAR:
+            right.set_ylim(top=_FAR)  # what is far off would hide how the others differ
+    for axes in (left, *above):
         axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=130)
