@@ -134,8 +134,13 @@ def test_a_frozen_identity_costs_backpropagation(tmp_path):
         (GAUSSIAN, {torch.bfloat16: BLOCKS - 1}),
         # The backward of the blocks behind: four products with weights, four of attention.
         (GAUSSIAN | {"feedback_sweeps": 1}, {torch.bfloat16: (BLOCKS - 1) * (1 + 8)}),
+        # C_l at all boundaries but the two highest. In this step the maps do not learn.
+        (
+            {"method": "grape", "feedback_rule": "local", "jvp_steps": 2, "feedback_sweeps": 1},
+            {torch.bfloat16: (BLOCKS - 1) * (1 + 8) + BLOCKS - 2},
+        ),
     ],
-    ids=["star", "sweep"],
+    ids=["star", "sweep", "maps"],
 )
 def test_under_autocast_products_with_matrices_are_computed_like_those_of_the_blocks(tmp_path, options, more):
     """In float32 they would take a GPU ten times as long, and be a tenth of a step."""

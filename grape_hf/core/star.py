@@ -116,9 +116,9 @@ class Star:
 
     def put(self, e: Tensor) -> None:
         """Put the error in, and compute at once the deltas that are more than B_l e."""
-        self.e = e
+        self.e, self._rounded = e, None
         if self.arms:
-            deltas = self._down_the_path(e) if self.path else self._by_matrices(e)
+            deltas = self._down_the_path(e) if self.path else self._by_matrices()
             self._ready = self._sweep(deltas, e)
             self.forget()
 
@@ -139,22 +139,23 @@ class Star:
         delta = self._ready.pop(index, None)
         if delta is None:
             assert B is not None
-            delta = self._project(self.e, B, h_shape, pairing)
+            delta = self._project(B, h_shape, pairing)
         if self.lesson is not None:
             self.lesson.sent(index, delta, pairing, self.e)
         return delta
 
-    def _project(self, e: Tensor, B: Matrix, h_shape: torch.Size, pairing: Pairing) -> Tensor:
+    def _project(self, B: Matrix, h_shape: torch.Size, pairing: Pairing) -> Tensor:
         """Return B_l e, computed in ``dtype``."""
-        if self.dtype is not None and not isinstance(B, str):
-            if self._rounded is None:
-                self._rounded = e.to(self.dtype)
-            e = self._rounded
-        return project_error(e, B, h_shape, pairing)
+        assert self.e is not None
+        if self.dtype is None or isinstance(B, str):
+            return project_error(self.e, B, h_shape, pairing)
+        if self._rounded is None:
+            self._rounded = self.e.to(self.dtype)
+        return project_error(self._rounded, B, h_shape, pairing)
 
-    def _by_matrices(self, e: Tensor) -> dict[int, Tensor]:
+    def _by_matrices(self) -> dict[int, Tensor]:
         """Return B_l e of all boundaries in the shapes of their h_l."""
-        return {index: part for index, arm in self.arms.items() if (part := self._by_matrix(arm, e)) is not None}
+        return {index: part for index, arm in self.arms.items() if (part := self._by_matrix(arm)) is not None}
 
     def _down_the_path(self, e: Tensor) -> dict[int, Tensor]:
         """Return delta_{l-1} = S_l delta_l + G_l delta_l from the top down, or S_l delta_l + B_{l-1} e without maps."""
@@ -164,7 +165,7 @@ class Star:
             arm = self.arms[index]
             parts = [self._pull(index, above, e if above is None else deltas[above])]
             if self.maps is None or self.maps.sources[index] is None:
-                parts.append(self._by_matrix(arm, e))
+                parts.append(self._by_matrix(arm))
             elif above is not None and self.maps.sources[index] == above:
                 parts.append(self._by_map(index, deltas[above]))
             there = [part for part in parts if part is not None]
@@ -236,6 +237,6 @@ class Star:
         d = layout.vectors(delta)
         return layout.restore(self.maps.apply(index, d.to(self.dtype or d.dtype)), arm.h.shape).to(arm.h)
 
-    def _by_matrix(self, arm: Arm, e: Tensor) -> Tensor | None:
+    def _by_matrix(self, arm: Arm) -> Tensor | None:
         """Return B_l e in the shape of h_l; None if the matrix has no part."""
-        return None if arm.B is None else self._project(e, arm.B, arm.h.shape, arm.pairing).to(arm.h)
+        return None if arm.B is None else self._project(arm.B, arm.h.shape, arm.pairing).to(arm.h)

@@ -132,6 +132,17 @@ def test_under_autocast_b_times_e_is_rounded_and_e_itself_is_not():
     assert torch.equal(blocks[0].p.grad, (e.bfloat16() @ B.mT.bfloat16()).float())
 
 
+def test_under_autocast_a_second_backward_has_an_error_of_its_own():
+    blocks, x, B = nn.ModuleList(Shift() for _ in range(2)), torch.randn(2, 7, 5), torch.randn(5, 5)
+    boundaries = Boundaries(blocks)
+    with boundaries.attached(), boundaries.broadcast([B]):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = nn.Sequential(*blocks)(x)
+        (first,) = torch.autograd.grad(y.sum(), blocks[0].p, retain_graph=True)
+        (second,) = torch.autograd.grad(-2 * y.sum(), blocks[0].p)
+    assert torch.equal(second, -2 * first)
+
+
 def test_identities_need_no_product():
     model, x, seen = Stack(3).double(), torch.randn(2, 7, 5, dtype=torch.float64), []
     for B in ([torch.eye(5, dtype=torch.float64)] * 2, ["identity"] * 2):
