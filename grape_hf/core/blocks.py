@@ -150,7 +150,9 @@ def _chains(module: nn.Module, prefix: str = "") -> Iterator[Chain]:
     for name, child in module.named_children():
         listed = _items(child, prefix + name)
         if kinds[type(child)] > 1:
-            listed = {f"{prefix}{name}.{block}": item for block, item in child.named_children()}
+            listed = {}
+            for block, item in child.named_children():
+                listed |= _items(item, f"{prefix}{name}.{block}") or {f"{prefix}{name}.{block}": item}
         if listed and (isinstance(child, nn.Sequential) or kinds[type(child)] > 1):
             stages |= listed
         elif listed:
@@ -177,7 +179,7 @@ def _items(module: nn.Module, name: str) -> Chain:
 
 def _inner(item: nn.Module, name: str) -> Chain:
     """The blocks inside an item that is itself a stage: a list, or a module with one and no shortcut around it."""
-    if isinstance(item, nn.Sequential):
+    if isinstance(item, nn.Sequential | nn.ModuleList):
         children = {f"{name}.{child}": block for child, block in item.named_children()}
         return _items(item, name) if all(map(_is_block, children.values())) else {}
     lists = [child for child in _LISTS_IN_STAGES if hasattr(item, child)]

@@ -7,15 +7,32 @@ node, ``Cut``, stands before it. ``Through`` and ``Exact`` let the gradient pass
 boundary of a star is not cut, the second in ordinary backpropagation.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from grape_hf.core.layout import Pairing
 from grape_hf.core.lesson import Lesson
 from grape_hf.core.star import Matrix, Star
+
+
+def _undifferentiated(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a backward raise RuntimeError where autograd is to differentiate it: what it returns has no graph."""
+
+    @wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the loss differentiates a gradient (create_graph=True, as for a gradient penalty), and the gradient "
+                "that direct feedback sends to a block, B_l e, has no derivative: expected a loss that takes none, or "
+                'method="bp".'
+            )
+        return backward(ctx, *gradients)
+
+    return checked
 
 
 class Receive(torch.autograd.Function):
@@ -44,7 +61,7 @@ class Receive(torch.autograd.Function):
         return h.new_zeros(()) if token is None or token.device != h.device else token.detach()
 
     @staticmethod
-    @once_differentiable
+    @_undifferentiated
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         """Return delta_l; nothing while a sweep comes by."""
         if ctx.star.sweeping:
@@ -66,7 +83,7 @@ class Cut(torch.autograd.Function):
         return h.detach()
 
     @staticmethod
-    @once_differentiable
+    @_undifferentiated
     def backward(ctx: Any, v: Tensor) -> tuple[None, ...]:
         """Note v, and hand nothing on."""
         if ctx.lesson is not None:
@@ -88,7 +105,7 @@ class Through(torch.autograd.Function):
         return h.detach()
 
     @staticmethod
-    @once_differentiable
+    @_undifferentiated
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient as it came."""
         star = ctx.star
@@ -110,7 +127,7 @@ class Broadcast(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    @once_differentiable
+    @_undifferentiated
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
         """Return e for y, and zero for the stand-in."""
         if ctx.site == ctx.star.site:

@@ -96,6 +96,7 @@ class Star:
         site: which node is the one at y. Where blocks are left out at random any of them may be the last that ran.
         arms: the boundaries, kept for sweeps and paths alone.
         y: the output with its graph, kept for sweeps and paths alone.
+        over: whether no backward of this forward can come any more.
         sweeping: whether a sweep is under way. Its backward comes by the nodes of arms that lie below, which then
             receive nothing.
         dtype: in which products with matrices are computed: autocast's, as for the blocks' own; None for that of e.
@@ -109,7 +110,7 @@ class Star:
         self.lesson, self.sweeps, self.path, self.maps = lesson, sweeps, path, maps
         self.arms: dict[int, Arm] = {}
         self.y: Tensor | None = None
-        self.sweeping = False
+        self.sweeping = self.over = False
         self.dtype: torch.dtype | None = None
         self._rounded: Tensor | None = None  # e in that dtype
         self._ready: dict[int, Tensor] = {}
@@ -117,14 +118,18 @@ class Star:
     def put(self, e: Tensor) -> None:
         """Put the error in, and compute at once the deltas that are more than B_l e."""
         self.e, self._rounded = e, None
+        if self.over and (self.sweeps or self.path):
+            raise RuntimeError(
+                "a backward came after the end of the step that its forward was made in: expected it before, as "
+                "feedback_sweeps and feedback_path need the graphs of all blocks."
+            )
         if self.arms:
             deltas = self._down_the_path(e) if self.path else self._by_matrices()
             self._ready = self._sweep(deltas, e)
-            self.forget()
 
     def forget(self) -> None:
-        """Let go of the graph."""
-        self.arms, self.y = {}, None
+        """Let go of the graph. Until then another backward of the same forward may come."""
+        self.arms, self.y, self._ready, self.over = {}, None, {}, True
 
     def delta(self, index: int, B: Matrix | None, h_shape: torch.Size, pairing: Pairing) -> Tensor:
         """Return delta_l: B_l e, or what paths and sweeps have made of it.

@@ -4,7 +4,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    FunnelConfig,
+    FunnelForSequenceClassification,
+)
 
 from grape_hf.core.blocks import find_blocks, find_head
 from grape_hf.engine.points import feedback_blocks
@@ -87,6 +94,29 @@ def test_what_cannot_be_found_is_said():
         find_blocks(model, "transformer.drop")
     with pytest.raises(ValueError, match='ModuleList has none.*feedback_space="hidden"'):
         find_head(nn.ModuleList([nn.Linear(2, 2)]))
+
+
+class Stage(nn.Module):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(number))
+
+
+@pytest.mark.parametrize("joined", ["list", "attributes"])
+def test_a_list_is_never_a_block(joined):
+    """Nobody calls a ModuleList: those of stages are gone through, in a list of lists or as attributes."""
+    if joined == "list":
+        model = nn.ModuleDict({"stages": nn.ModuleList([Stage(1).steps, Stage(2).steps])})
+        assert list(find_blocks(model)) == ["stages.0.0", "stages.1.0", "stages.1.1"]
+    else:
+        model = nn.ModuleDict({"first": Stage(1), "second": Stage(2)})
+        assert list(find_blocks(model)) == ["first.steps.0", "second.steps.0", "second.steps.1"]
+
+
+def test_a_transformers_model_with_a_list_of_lists():
+    config = FunnelConfig(block_sizes=[1, 2], num_decoder_layers=1, d_model=16, n_head=2, d_inner=32, vocab_size=99)
+    model = FunnelForSequenceClassification(config)
+    assert list(find_blocks(model)) == [f"funnel.encoder.blocks.{place}" for place in ("0.0", "1.0", "1.1")]
 
 
 def test_looking_changes_nothing():

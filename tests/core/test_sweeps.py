@@ -208,3 +208,38 @@ def test_activation_checkpointing_changes_nothing():
             found.append(gradients(model, loss))
     for name, gradient in found[0].items():
         assert torch.equal(found[1][name], gradient)
+
+
+@pytest.mark.parametrize("path", [False, True])
+def test_a_second_backward_of_one_forward_is_swept_too(path):
+    """Losses are weighed by the norms of their gradients (GradNorm), or their gradients are projected (PCGrad)."""
+    torch.manual_seed(2)
+    blocks = [Residual() for _ in range(4)]
+    model, weights = nn.Sequential(*blocks), [p for block in blocks for p in block.parameters()]
+    x = torch.randn(2, 3, WIDTH, **DOUBLE)
+
+    def both() -> list[list[Tensor]]:
+        y = model(x)
+        return [
+            list(torch.autograd.grad(loss, weights, retain_graph=True)) for loss in (y.square().sum(), y.exp().mean())
+        ]
+
+    expected, boundaries = both(), Boundaries(blocks)
+    B: list = ["identity"] * 3
+    with boundaries.attached(), boundaries.broadcast(B, refinement=Refinement(sweeps=3, path=path)):
+        found = both()
+    with boundaries.attached(), boundaries.broadcast(B):
+        unswept = both()
+    for of_loss, exact, direct in zip(found, expected, unswept, strict=True):
+        torch.testing.assert_close(of_loss, exact, rtol=1e-9, atol=1e-13)
+        assert not torch.allclose(direct[0], exact[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("refinement", [Refinement(sweeps=1), Refinement(path=True)])
+def test_a_backward_after_the_step_is_refused(refinement):
+    blocks = [Residual() for _ in range(3)]
+    boundaries = Boundaries(blocks)
+    with boundaries.attached(), boundaries.broadcast(["identity"] * 2, refinement=refinement):
+        y = nn.Sequential(*blocks)(torch.randn(2, 3, WIDTH, **DOUBLE))
+    with pytest.raises(RuntimeError, match="after the end of the step"):
+        y.sum().backward()
