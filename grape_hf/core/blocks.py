@@ -130,13 +130,24 @@ def _search_in(model: nn.Module, prefix: str = "") -> Chain:
     largest = max(range(len(sizes)), key=sizes.__getitem__)
     if sizes[largest] < DOMINANT_SHARE * sum(sizes):
         listed = ", ".join(_describe(chain) for chain in candidates)
-        name = next(iter(candidates[largest])).rpartition(".")[0]
         raise ValueError(
             f"cannot tell which blocks of {type(model).__name__} get direct feedback. Expected one chain of like "
             f"blocks between input and output, found several lists: {listed}. Name one: "
-            f'GrapeTrainingArguments(blocks="{name}").'
+            f'GrapeTrainingArguments(blocks="{_names(model, prefix, candidates[largest])}").'
         )
     return candidates[largest]
+
+
+def _names(model: nn.Module, prefix: str, chain: Chain) -> str:
+    """What ``blocks`` has to be for a chain: the names of its lists, and of blocks that are in none."""
+    modules, names = dict(model.named_modules()), dict[str, None]()
+    for name in chain:
+        parent = name.rpartition(".")[0]
+        listed = modules.get(parent.removeprefix(prefix))
+        items = listed.named_children() if isinstance(listed, nn.ModuleList | nn.Sequential) else [("", None)]
+        whole = all(f"{parent}.{child}" in chain for child, _ in items)
+        names[parent if whole else name] = None
+    return ",".join(names)
 
 
 def _chains(module: nn.Module, prefix: str = "") -> Iterator[Chain]:

@@ -1,5 +1,7 @@
 """Which modules are the blocks."""
 
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -58,6 +60,17 @@ def test_classifiers():
     assert find_head(model) is model.classifier
 
 
+class Block(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(2, 2))
+
+
+class Stage(nn.Module):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(Block() for _ in range(number))
+
+
 class TwoTowers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -72,6 +85,23 @@ def test_two_towers_are_refused_until_one_is_named():
     ):
         find_blocks(model)
     assert list(find_blocks(model, "document.layer")) == ["document.layer.0", "document.layer.1"]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_is_proposed_is_the_whole_chain(listed):
+    """A backbone's stages are lists in a list, or attributes; a decode head beside it is nearly as large."""
+    stages = [nn.ModuleDict({"layers": nn.ModuleList([Block()])}) for _ in range(3)]
+    backbone = nn.ModuleDict({"stages": nn.ModuleList(s.layers for s in stages)} if listed else {})
+    if not listed:
+        backbone.update({f"s{i}": Stage(1) for i in range(3)})
+    model = nn.ModuleDict({"backbone": backbone, "head": nn.ModuleDict({"convs": nn.ModuleList([Block(), Block()])})})
+    with pytest.raises(ValueError, match="several lists") as refused:
+        find_blocks(model)
+    proposed = re.search('blocks="(.*?)"', str(refused.value))[1]
+    assert proposed == ",".join(f"backbone.stages.{i}" if listed else f"backbone.s{i}.steps" for i in range(3))
+    found = find_blocks(model, proposed)
+    assert len(found) == 3
+    assert all(name.startswith("backbone") for name in found)
 
 
 def test_a_small_side_list_does_not_matter():
@@ -94,12 +124,6 @@ def test_what_cannot_be_found_is_said():
         find_blocks(model, "transformer.drop")
     with pytest.raises(ValueError, match='ModuleList has none.*feedback_space="hidden"'):
         find_head(nn.ModuleList([nn.Linear(2, 2)]))
-
-
-class Stage(nn.Module):
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.steps = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(number))
 
 
 @pytest.mark.parametrize("joined", ["list", "attributes"])
