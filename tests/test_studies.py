@@ -36,7 +36,6 @@ from study_trainers import (
     MeasuredUpdates,
     RandomSigns,
     SmallerBelow,
-    Unbiased,
     part_of,
 )
 from torch import Tensor
@@ -223,25 +222,6 @@ class TestRandomSigns:
                 expected = exact - (wrong - exact) if sign else wrong
                 torch.testing.assert_close(gradient, expected, msg=lambda t, n=name: f"{n}: {t}")
         assert turned == {True, False}
-
-
-class TestUnbiased:
-    def test_what_is_missing_is_measured_and_added_until_it_is_measured_again(self, tmp_path: Path):
-        _, star = trained(tmp_path / "star", GrapeTrainer, steps=1, **STAR)
-        _, bp = trained(tmp_path / "bp", GrapeTrainer, steps=1, method="bp")
-        _, mended = trained(tmp_path / "mended", lambda **kw: Unbiased(2, **kw), steps=2, **STAR)
-
-        def from_there(model: GPT2LMHeadModel, **kwargs: Any) -> GrapeTrainer:
-            model.load_state_dict(mended.weights[1], strict=False)  # without the head's, which is the embeddings'
-            return GrapeTrainer(model=model, **kwargs)
-
-        _, later = trained(tmp_path / "later", from_there, steps=1, **STAR)
-        assert len(bp.gradients[0]) == len(mended.gradients[1]) > 0
-        for name, exact in bp.gradients[0].items():
-            missing = exact - star.gradients[0][name]
-            torch.testing.assert_close(mended.gradients[0][name], exact, msg=lambda t, n=name: f"{n}: {t}")
-            torch.testing.assert_close(mended.gradients[1][name], later.gradients[0][name] + missing)
-        assert any(not torch.allclose(g, star.gradients[0][name]) for name, g in bp.gradients[0].items())
 
 
 class TestGrid:

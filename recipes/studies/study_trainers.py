@@ -7,8 +7,7 @@ Each is chosen in a study's YAML by ``trainer: {<name>: <value>}`` among a metho
 - ``exact_part: name``: exact weight gradients for one part of every block (``ExactPart``);
 - ``measured_updates: cosine``: gradients of a block times their measured cosine (``MeasuredUpdates``);
 - ``smaller_below: c``: gradients times c in the lower two thirds of the blocks (``SmallerBelow``);
-- ``random_signs: true``: the exact gradient and the star's error, its sign drawn for each step (``RandomSigns``);
-- ``bias_every: k``: what the exact gradient has beside the star's, measured in every k-th step, added (``Unbiased``).
+- ``random_signs: true``: the exact gradient and the star's error, its sign drawn for each step (``RandomSigns``).
 
 They count on one backward for each optimiser step.
 """
@@ -165,43 +164,6 @@ class RandomSigns(StudyTrainer):
         return loss
 
 
-class Unbiased(StudyTrainer):
-    r"""The star, with what it leaves out on average put back: measured in one step of k, added in every step.
-
-    .. math::
-        c \leftarrow 0.9\, c + 0.1\, (g' - g) \text{ in every k-th step}, \qquad g \leftarrow g + \hat c,
-
-    g' being the exact gradient of the same batch at the same weights, and ``c_hat`` the average without its start at
-    zero. An error of the star that comes out differently in each batch is averaged over by training itself; one that
-    is the same in all leads training elsewhere. It is the second that c keeps.
-    """
-
-    past = 0.9
-
-    def __init__(self, value: int, **kwargs: Any) -> None:
-        super().__init__(value, **kwargs)
-        self._bias: dict[nn.Parameter, Tensor] = {}
-        self._measured = 0
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
-        """Take the star's step, and add what was found to be missing."""
-        weights = [p for p in self.model.parameters() if p.requires_grad]
-        exact: Sequence[Tensor] = ()
-        if self.state.global_step % self.value == 0:
-            exact = self.exact_gradients(model, inputs, num_items_in_batch, weights)
-        loss = super().training_step(model, inputs, num_items_in_batch, **kwargs)
-        if exact:
-            self._measured += 1
-            for weight, gradient in zip(weights, exact, strict=True):
-                assert weight.grad is not None
-                missing = gradient - weight.grad
-                self._bias[weight] = torch.lerp(missing, self._bias.get(weight, torch.zeros_like(missing)), self.past)
-        for weight in weights:
-            assert weight.grad is not None
-            weight.grad.add_(self._bias[weight], alpha=1 / (1 - self.past**self._measured))
-        return loss
-
-
 class ScaledBlocks(StudyTrainer):
     """A ``GrapeTrainer`` that multiplies the gradients of each block's weights by a number of its own.
 
@@ -281,7 +243,6 @@ TRAINERS: dict[str, type[StudyTrainer]] = {
     "measured_updates": MeasuredUpdates,
     "smaller_below": SmallerBelow,
     "random_signs": RandomSigns,
-    "bias_every": Unbiased,
 }
 
 
