@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from helpers import LEARNED, arguments, assert_same, differ, logged, make_trainer, train, weights
-from problems import GPT2, NOISY, Problem
+from problems import GPT2, NOISY, PLAIN, PlainLanguageModel, Problem
 from test_trainer import CHECKPOINTING
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, T5Config
@@ -55,6 +55,28 @@ def test_as_many_sweeps_as_points_are_backpropagation(tmp_path):
         )
         > 0.999
     )
+
+
+class OneSingle(PlainLanguageModel):
+    """Its blocks compute in float64, but for one."""
+
+    def stem(self, input_ids: Tensor) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            block.register_forward_pre_hook(lambda block, args: (args[0].to(block.up.weight.dtype),))
+            block.to(torch.float32 if index == 1 else torch.float64)
+        self.norm.register_forward_pre_hook(lambda norm, args: (args[0].double(),))
+        return super().stem(input_ids)
+
+
+@pytest.mark.parametrize("name", ["local", "swept", "path", "identity-swept"])
+def test_blocks_may_compute_in_types_of_their_own(name, tmp_path):
+    """Maps are of one type, the widest: B_l is their product, and a map meets what two blocks have made."""
+    one_single = Problem("one-single", OneSingle, PLAIN.draw)
+    run = {"dtype": torch.float64, "max_steps": 3, "optim": "sgd", "learning_rate": 0.1} | KINDS[name]
+    mixed, whole = train(one_single, tmp_path / "mixed", **run), train(PLAIN, tmp_path / "whole", **run)
+    assert mixed.model.blocks[1].up.weight.dtype == torch.float32
+    as_double = {name: t.double() for name, t in weights(mixed).items()}
+    assert_same(as_double, weights(whole), rtol=0, atol=1e-5)
 
 
 def test_calibration_and_fallback_go_on(tmp_path):

@@ -25,6 +25,7 @@ Source: ours (METHOD.md, "Block-level feedback, paths and sweeps"); the update i
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -135,7 +136,8 @@ class BlockMaps:
             indices = [seen[place][0] for place in places]
             G = self.G[indices[0]]
             stacks = [torch.stack(of_all) for of_all in zip(*(seen[place][1] for place in places), strict=True)]
-            wide = [t.to(G.device, torch.promote_types(t.dtype, torch.float32)).flatten(1, 2) for t in stacks]
+            dtype = reduce(torch.promote_types, [G.dtype, *(t.dtype for t in stacks)])
+            wide = [t.to(G.device, dtype).flatten(1, 2) for t in stacks]
             for index, *found in zip(indices, *_sums(*wide, dtype=G.dtype), strict=True):
                 earlier = self.sums.get(index)
                 if earlier is not None:

@@ -71,6 +71,7 @@ class Boundaries:
 
     Attributes:
         copied: boundaries whose h_l the next block changes in place, which therefore gets a copy (``probe``).
+        around: whether later blocks than the next, or y, read what a block has made, too (``probe``).
         sizes: n_l of each h_l, which every forward that counts must have; any by default.
         read_at: where the loss reads y if that is one position alone; None if it is not.
         read: the same for the samples of the next estimate, ``(batch, positions)``, by the error that a step has found.
@@ -100,6 +101,7 @@ class Boundaries:
         self.layout, self.whole, self.pooled, self.calls = layout, whole, frozenset(pooled), calls
         self.readers = [[] for _ in self.blocks[1:]] if readers is None else [list(r) for r in readers]
         self.copied: set[int] = set()
+        self.around = False
         self.sizes: list[int] | None = None
         self.read_at: ReadAt | None = None
         self.read: Tensor | None = None

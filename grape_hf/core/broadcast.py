@@ -89,7 +89,7 @@ class BroadcastMode(FollowingMode):
             maps = refinement.maps if refinement.learn else None
             kept = forward.sent if self.keep == "e and deltas" else None
             lesson = Lesson(maps, follows=refinement.sweeps == 0, kept=kept)
-        return Star(lesson, refinement.sweeps, refinement.path, refinement.maps)
+        return Star(lesson, refinement.sweeps, refinement.path, refinement.maps, self.boundaries.around)
 
     def recomputation(self) -> "BroadcastMode":
         """Return a mode that does the same to the graph as this one. Raises RuntimeError if no forward had a graph."""

@@ -90,6 +90,7 @@ class Star:
         path: whether the error takes the shortcut path of the very sample (``paths.py``), beside the matrices.
         maps: the maps of blocks. They, and the path, are the coarse maps C_l of sweeps; without either C_l is the
             identity where two boundaries have the same shape, and else nothing.
+        around: whether later blocks than the next, or y, read what a block has made, too.
 
     Attributes:
         e: dLoss/dy, in the shape of y; None before the backward gets there.
@@ -103,11 +104,16 @@ class Star:
     """
 
     def __init__(
-        self, lesson: Lesson | None = None, sweeps: int = 0, path: bool = False, maps: BlockMaps | None = None
+        self,
+        lesson: Lesson | None = None,
+        sweeps: int = 0,
+        path: bool = False,
+        maps: BlockMaps | None = None,
+        around: bool = False,
     ) -> None:
         self.e: Tensor | None = None
         self.site: int | None = None
-        self.lesson, self.sweeps, self.path, self.maps = lesson, sweeps, path, maps
+        self.lesson, self.sweeps, self.path, self.maps, self.around = lesson, sweeps, path, maps, around
         self.arms: dict[int, Arm] = {}
         self.y: Tensor | None = None
         self.sweeping = self.over = False
@@ -184,9 +190,9 @@ class Star:
         indices = sorted(self.arms)
         for number in range(min(self.sweeps, len(indices))):
             below = indices[: len(indices) - number]  # those above are exact by now
-            # The arms are cut from each other, so each input gets what its own block sends it, or where an encoder's
-            # output is read by all blocks of a decoder, what these send it.
-            all_read = any(self.arms[index].pairing.pooled for index in below)
+            # The arms are cut from each other, so each input gets what its own block sends it, or what all do where
+            # more than the next may read it: a decoder's blocks an encoder's output, or what goes around blocks.
+            all_read = self.around or any(self.arms[index].pairing.pooled for index in below)
             readers = indices[1:] if all_read else indices[1 : len(below) + 1]
             outputs = [self.arms[index].h for index in readers]
             errors = [deltas[index].to(self.arms[index].h) for index in readers]

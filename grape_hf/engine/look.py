@@ -167,6 +167,12 @@ class Watcher:
         """Boundaries whose h_l is changed in place by what reads it."""
         return {i for i in range(len(self.boundaries)) if self.made[i]._version > self.versions[i]}
 
+    @property
+    def around(self) -> bool:
+        """Whether a block, or the head, works on what an earlier block than the one before has made, too."""
+        read_by_blocks = any(k < index - 1 for index, marks in self.inputs.items() for k, _ in marks)
+        return read_by_blocks or any(k < len(self.boundaries) for k, _ in self.head_marks)
+
     def scalar(self, positions: int) -> Tensor | None:
         """The loss, or what stands for it: the sum of what the model returned, if that has no positions."""
         if (loss := _loss_of(self.output)) is not None:

@@ -117,6 +117,7 @@ class Look(Watcher):
                 'positions into it, use feedback_space="hidden"; else name others with the option `blocks`.'
             )
         boundaries.copied, boundaries.parts, boundaries.places = self.copied, dict(self.parts), dict(self.places)
+        boundaries.around = self.around
         for index, readers in enumerate(boundaries.readers):
             if readers and index not in self.places:  # no one place where h_l is read: it is cut where it is made
                 self._say_several(index, readers[0])

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,8 @@ class Starts:
         self._refuse_identity(self.options.feedback_init or "auto", boundaries.pooled)
         sources, generator = self._sources(boundaries, shapes), torch.Generator().manual_seed(seed)
         G = []
+        # One for all: B_l is a product of maps, and blocks may compute in types of their own.
+        dtype = reduce(torch.promote_types, [h.dtype for h in shapes.h], torch.float32)
         for index, (h, (n_l, n)) in enumerate(zip(shapes.h, self._map_shapes(boundaries, shapes), strict=True)):
             init = self.options.feedback_init or "auto"
             if self.options.feedback_path == "shortcut" and init in ("auto", "identity"):
@@ -125,7 +128,7 @@ class Starts:
                     f'a position, where what its map comes from has {n}. Use feedback_init="gaussian", "zero" or '
                     '"auto", which takes the identity where it fits.'
                 )
-            start = initial_feedback(init, n_l, n, generator, torch.promote_types(h.dtype, torch.float32))
+            start = initial_feedback(init, n_l, n, generator, dtype)
             shared = sources[index] is None and boundaries.read_at is not None and init == "identity"
             G.append((start / shapes.positions if shared else start).to(h.device))
         return BlockMaps(G, sources)

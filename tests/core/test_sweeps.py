@@ -210,6 +210,40 @@ def test_activation_checkpointing_changes_nothing():
         assert torch.equal(found[1][name], gradient)
 
 
+class Around(nn.Module):
+    """Five blocks, of which the last reads what the first and the third have made, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual() for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = [x]
+        for block in self.blocks[:4]:
+            h.append(block(h[-1]))
+        return self.blocks[4](h[4] + h[1].roll(1, 1) * h[3])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_path_to_the_last_block_is_in_every_sweep(learned):
+    torch.manual_seed(3)
+    model = Around()
+    x, weight = torch.randn(2, 3, WIDTH, **DOUBLE), torch.randn(2, 3, WIDTH, **DOUBLE)
+
+    def loss() -> Tensor:
+        return (model(x) * weight).sum()
+
+    expected, maps = gradients(model, loss), learned_maps(4) if learned else None
+    blocks = list(model.blocks)
+    boundaries = Boundaries(blocks, readers=[[block] for block in blocks[1:]])
+    probe(model, boundaries, lambda: model(x))
+    B = ["identity"] * 4 if maps is None else maps.product()
+    with boundaries.attached(), boundaries.broadcast(B, refinement=Refinement(maps, sweeps=4)):
+        found = gradients(model, loss)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-13)
+
+
 @pytest.mark.parametrize("path", [False, True])
 def test_a_second_backward_of_one_forward_is_swept_too(path):
     """Losses are weighed by the norms of their gradients (GradNorm), or their gradients are projected (PCGrad)."""
