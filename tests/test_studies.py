@@ -465,6 +465,13 @@ class TestReport:
         assert (row["seeds"], row["unfinished"], row["validation"]) == (1, 1, 2.0)
         assert curves.seeds_of([{1: 3.0, 2: 2.0}, {1: 3.5}]) == {1: [3.0, 3.5]}
 
+    def test_without_bp_there_is_no_distance_to_it(self, tmp_path: Path):
+        grid = Grid(Cells(tmp_path / "c", tmp_path / "l"), {"dfa": {}}, lambda _: [0.1], [0], language_model.score)
+        run = {"method": "dfa", "learning_rate": 0.1, "seed": 0, "validation_loss": 2.0, "log_history": [], "curve": []}
+        row = curves.row_of(grid, {"a": run}, "dfa", [run], math.nan)
+        settings = {"title": "t", "data": {"vocab_size": 4, "context": 8}, "steps": 2, "seeds": [0]}
+        assert "| 1 | 2.000 | - | 7.4 |" in curves.markdown(settings, [row])
+
     @pytest.mark.parametrize(("method", "pictures"), [("bp", 2), ("dfa", 1)])
     def test_a_distance_to_bp_is_drawn_where_bp_has_run(self, method: str, pictures: int, tmp_path: Path, monkeypatch):
         drawn: list[int] = []

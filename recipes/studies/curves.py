@@ -81,7 +81,7 @@ def row_of(grid: Grid, results: Mapping[str, Result], method: str, runs: Sequenc
         bp: the mean loss of backpropagation, NaN where it has not run.
     """
     done, losses = [run for run in runs if "partial" not in run], losses_of(runs)
-    above = [100 * math.expm1(loss - bp) for loss in losses]
+    above = [] if math.isnan(bp) else [100 * math.expm1(loss - bp) for loss in losses]
     tests = [run["test_loss"] for run in done if "test_loss" in run]
     by_rate: dict[str, float | None] = {}
     for cell in grid.choices(method):
