@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
@@ -35,6 +35,28 @@ from grape_hf.training_args import GrapeArgumentsMixin
 logger = logging.getLogger(__name__)
 
 
+class _Witness(TrainerCallback):
+    """Refuses updates whose gradients came by no step of ours; the first, where the stock loop makes it."""
+
+    def __init__(self, trainer: "GrapeMixin") -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raise RuntimeError if GrapeMixin's ``training_step`` was not called."""
+        if not self.trainer.stepped:
+            name = type(self.trainer).__name__
+            raise RuntimeError(
+                f"{name} computed gradients by ordinary backpropagation, in a training_step or a loop of its own that "
+                "does not call GrapeTrainer's: expected super().training_step(...) in there. A class with a "
+                f"training_step of its own may also stay as it is: derive {name} from Trainer, and train a class "
+                f'New(GrapeMixin, {name}). Or use method="bp".'
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The same, for loops that tell no more than that (trl's PPO)."""
+        self.on_pre_optimizer_step(args, state, control)
+
+
 class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
     """GrAPE for any ``Trainer`` subclass: ``class MyTrainer(GrapeMixin, SFTTrainer)``.
 
@@ -42,18 +64,32 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
 
     Attributes:
         grape_options: GrAPE's options, those that are not given with their values for this model.
+        stepped: whether the training under way has come by this class's ``training_step``.
 
     Raises:
+        TypeError: where a class is made that has ``Trainer`` before this mixin.
         ValueError: at construction, if no blocks are found in the model or an option does not suit it.
+        RuntimeError: at the first update, if a subclass's ``training_step`` does not call this one's.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse an order of bases in which the stock Trainer's methods would be found first."""
+        super().__init_subclass__(**kwargs)
+        if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(GrapeMixin):
+            raise TypeError(
+                f"class {cls.__name__} would be the stock Trainer: expected GrapeMixin before it, as in "
+                f"class {cls.__name__}(GrapeMixin, ...)."
+            )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._engine: Engine | None = None
         self._steps_per_epoch: int | None = None
         self._micro_batch = (-1, 0)  # optimiser step, number within it
+        self.stepped = False
         self.grape_options = self._options_for_model()
         refuse_settings(self, self.grape_options)
+        self._witness_steps()
         if self.grape_options.method != "bp":
             self._engine = self._new_engine()  # refuses now what it can
             if self._run is not None and self._run.single_block:
@@ -73,6 +109,7 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Train on one micro-batch: the stock step, or what an engine makes of it (``engine/step.py``)."""
+        self.stepped = True
         stock = partial(super().training_step, model, inputs, num_items_in_batch, *args, **kwargs)
         if self._engine is None:
             self._engine = self._new_engine()
@@ -91,6 +128,11 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
             decay=self.args.weight_decay,
         )
         return self._engine.take(batch, stock)
+
+    def _witness_steps(self) -> None:
+        self.remove_callback(_Witness)
+        if self.grape_options.method != "bp":
+            self.add_callback(_Witness(self))
 
     def _count_micro_batch(self) -> None:
         step, number = self._micro_batch
@@ -133,7 +175,8 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
         # Entered once per train(), and again by auto_find_batch_size: each time a fresh run, with the options that the
         # arguments hold now (a hyperparameter search changes them).
         self._engine, self._resumed_from, self.grape_options = None, None, self._options_for_model()
-        self._micro_batch = (-1, 0)
+        self._micro_batch, self.stepped = (-1, 0), False
+        self._witness_steps()
         training = [(module, module.training) for module in self.model.modules()]
         try:
             return super()._inner_training_loop(*args, **kwargs)

@@ -381,8 +381,16 @@ class GrapeArgumentsMixin:
     )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Make a dataclass of whatever this is mixed into: an undecorated class would take our options alone."""
+        """Make a dataclass of whatever this is mixed into: an undecorated class would take our options alone.
+
+        Raises TypeError where ``TrainingArguments`` would be found first.
+        """
         super().__init_subclass__(**kwargs)
+        if TrainingArguments in cls.__mro__[: cls.__mro__.index(GrapeArgumentsMixin)]:
+            raise TypeError(
+                f"nobody would check the options of class {cls.__name__}: expected GrapeArgumentsMixin before "
+                f"TrainingArguments, as in class {cls.__name__}(GrapeArgumentsMixin, ...)."
+            )
         dataclass(kw_only=True)(cls)  # where the user decorates it as well, fields without a default may come last
 
     def __post_init__(self) -> None:

@@ -459,6 +459,84 @@ def test_the_mixin_serves_a_users_trainer(tmp_path):
     assert not torch.allclose(ours.model.transformer.h[0].mlp.c_fc.weight, stock.model.transformer.h[0].mlp.c_fc.weight)
 
 
+class Whole(Trainer):
+    """A user's step from the first line to the last, as adversarial training and old scripts have it."""
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class WholeGrape(GrapeMixin, Whole):
+    pass
+
+
+class Swapped(GrapeTrainer):
+    """The same with the name of its base exchanged: direct feedback has no part in it."""
+
+    training_step = Whole.training_step
+
+
+def test_a_step_that_leaves_out_ours_is_refused_before_an_update(tmp_path):
+    def run(kind: type[Trainer], **options: Any) -> Trainer:
+        args = arguments(tmp_path, **EXACT, gradient_accumulation_steps=2, **options)
+        trainer = kind(UNTIED.model(), args, train_dataset=UNTIED.samples(32))
+        trainer.train()
+        return trainer
+
+    refused = Swapped(UNTIED.model(), arguments(tmp_path, **EXACT, **LEARNED), train_dataset=UNTIED.samples(8))
+    before = weights(refused)
+    with pytest.raises(RuntimeError, match=r"Swapped computed gradients by ordinary backpropagation"):
+        refused.train()
+    assert_same(weights(refused), before)
+    stock = weights(run(Whole))
+    assert_same(weights(run(Swapped, method="bp")), stock)
+    assert_same(weights(run(WholeGrape, method="bp")), stock)
+    direct = run(WholeGrape, **LEARNED)
+    assert differ({name: p for name, p in weights(direct).items() if name in stock}, stock)
+    assert direct.feedback
+
+
+class OwnLoop(GrapeTrainer):
+    """A ``train`` of its own, which tells its callbacks of steps that are over, and of nothing else (trl's PPO)."""
+
+    def train(self, *args: Any, **kwargs: Any) -> None:
+        self.create_optimizer()
+        for batch in self.get_train_dataloader():
+            self.model(**batch).loss.backward()
+            self.optimizer.step()
+            self.callback_handler.on_step_end(self.args, self.state, self.control)
+
+
+def test_a_loop_that_takes_no_step_of_ours_is_refused(tmp_path):
+    def trainer(**options: Any) -> Trainer:
+        return OwnLoop(UNTIED.model(), arguments(tmp_path, **options), train_dataset=UNTIED.samples(8))
+
+    with pytest.raises(RuntimeError, match="a loop of its own"):
+        trainer().train()
+    trainer(method="bp").train()
+
+
+def test_a_search_may_leave_bp(tmp_path):
+    """Each training asks for itself: the method of a run is not that of the one before."""
+    trainer = Swapped(UNTIED.model(), arguments(tmp_path, **EXACT, method="bp"), train_dataset=UNTIED.samples(8))
+    trainer.train()
+    trainer.args.method = "dfa"
+    with pytest.raises(RuntimeError, match="ordinary backpropagation"):
+        trainer.train()
+
+
+def test_the_stock_classes_must_not_come_first():
+    with pytest.raises(TypeError, match=r"expected GrapeMixin before it, as in class Wrong\(GrapeMixin"):
+        type("Wrong", (Watched, GrapeMixin), {})
+    with pytest.raises(TypeError, match=r"expected GrapeArgumentsMixin before TrainingArguments"):
+        type("Wrong", (Seq2SeqTrainingArguments, GrapeArgumentsMixin), {})
+
+
 def test_plain_arguments_mean_the_defaults(tmp_path):
     def run(args: TrainingArguments) -> dict[str, Tensor]:
         trainer = GrapeTrainer(GPT2.model(), args, train_dataset=GPT2.samples(32))
