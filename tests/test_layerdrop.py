@@ -94,7 +94,10 @@ def test_a_star_of_the_blocks_that_ran(dropped, space, tmp_path):
 @pytest.mark.parametrize("segments", [1, 2, 4])
 def test_checkpointed_segments_of_several_blocks(segments, space, tmp_path, caplog):
     """Their hooks fire again in the backward: the step is that of the model without checkpoints."""
-    for options in (STEP, STEP | LEARNED | REFIT | {"max_steps": 4, "alignment_steps": 1}):
+    learned = STEP | LEARNED | REFIT | {"max_steps": 4, "alignment_steps": 1}
+    if Version(torch.__version__) < Version("2.12"):  # its checkpoints have no rule for tangents
+        learned["jvp_mode"] = "finite_difference"
+    for options in (STEP, learned):
         made = []
         for number in (0, segments):
             torch.manual_seed(0)
@@ -103,9 +106,7 @@ def test_checkpointed_segments_of_several_blocks(segments, space, tmp_path, capl
             trainer.train()
             feedback = {f"B_{i}": b for i, b in enumerate(trainer.feedback)}
             made.append(dict(net.named_parameters()) | feedback)
-        # With torch 2.11 recomputed blocks round otherwise, and a refit, which solves a system, makes 3e-9 of it.
-        refit_there = "calibration_refit" in options and Version(torch.__version__) < Version("2.12")
-        assert_same(made[1], made[0], **(dict(rtol=1e-7, atol=1e-10) if refit_there else dict(rtol=1e-9, atol=1e-12)))
+        assert_same(made[1], made[0], rtol=1e-9, atol=1e-12)
     assert "got no error" not in caplog.text  # blocks that ran again are no forward that ended before y
 
 
