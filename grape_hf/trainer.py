@@ -64,7 +64,6 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
 
     Attributes:
         grape_options: GrAPE's options, those that are not given with their values for this model.
-        stepped: whether the training under way has come by this class's ``training_step``.
 
     Raises:
         TypeError: where a class is made that has ``Trainer`` before this mixin.
@@ -75,7 +74,7 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse an order of bases in which the stock Trainer's methods would be found first."""
         super().__init_subclass__(**kwargs)
-        if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(GrapeMixin):
+        if Trainer in cls.__mro__[: cls.__mro__.index(GrapeMixin)]:
             raise TypeError(
                 f"class {cls.__name__} would be the stock Trainer: expected GrapeMixin before it, as in "
                 f"class {cls.__name__}(GrapeMixin, ...)."
@@ -86,7 +85,6 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
         self._engine: Engine | None = None
         self._steps_per_epoch: int | None = None
         self._micro_batch = (-1, 0)  # optimiser step, number within it
-        self.stepped = False
         self.grape_options = self._options_for_model()
         refuse_settings(self, self.grape_options)
         self._witness_steps()
@@ -105,11 +103,15 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
         """The feedback matrices B_1 .. B_{L-1} of the last run, each ``(n_l, n_y)``; empty before the first step."""
         return self._run.feedback.B if self._run is not None and hasattr(self._run, "feedback") else []
 
+    @property
+    def stepped(self) -> bool:
+        """Whether the training under way has come by this class's ``training_step``."""
+        return self._micro_batch[0] >= 0
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Train on one micro-batch: the stock step, or what an engine makes of it (``engine/step.py``)."""
-        self.stepped = True
         stock = partial(super().training_step, model, inputs, num_items_in_batch, *args, **kwargs)
         if self._engine is None:
             self._engine = self._new_engine()
@@ -175,7 +177,7 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
         # Entered once per train(), and again by auto_find_batch_size: each time a fresh run, with the options that the
         # arguments hold now (a hyperparameter search changes them).
         self._engine, self._resumed_from, self.grape_options = None, None, self._options_for_model()
-        self._micro_batch, self.stepped = (-1, 0), False
+        self._micro_batch = (-1, 0)
         self._witness_steps()
         training = [(module, module.training) for module in self.model.modules()]
         try:

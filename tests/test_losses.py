@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LEARNED, arguments, assert_same, count_hooks, differ, logged, make_trainer, train, weights
+from helpers import LEARNED, assert_same, count_hooks, differ, logged, make_trainer, train, weights
 from problems import DROPOUT, GPT2, PADDED, PLAIN, WIDTH, PlainLanguageModel, Problem
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from grape_hf import GrapeMixin, GrapeTrainer
 
@@ -299,6 +299,9 @@ def test_calibration_of_a_partly_frozen_model_is_backpropagation(frozen, tmp_pat
 # --- losses that take gradients themselves ---------------------------------------------------------------------------
 
 
+MAPS = LEARNED | {"feedback_rule": "local", "feedback_init": "auto"}
+
+
 class Weighing(Trainer):
     """Two losses on one forward, weighed by the norms of their gradients."""
 
@@ -317,20 +320,13 @@ class WeighingGrape(GrapeMixin, Weighing):
     pass
 
 
-@pytest.mark.parametrize("learned", [False, True], ids=["identity", "maps"])
-def test_losses_weighed_by_their_gradients(learned, tmp_path):
+@pytest.mark.parametrize("options", [{"feedback_init": "identity"}, MAPS], ids=["identity", "maps"])
+def test_losses_weighed_by_their_gradients(options, tmp_path):
     """With as many sweeps as points each of the three backwards of a step is that of the stock Trainer."""
-    feedback = {"feedback_rule": "local", "jvp_steps": 1} if learned else {"method": "dfa", "feedback_init": "identity"}
-    options = dict(optim="sgd", learning_rate=RATE, max_steps=3, max_grad_norm=0, feedback_space="hidden")
-    kept = {}
-    for kind, more in ((Weighing, {}), (WeighingGrape, feedback | {"feedback_sweeps": 2})):
-        args = arguments(
-            tmp_path, **(options | more if kind is WeighingGrape else {"kind": TrainingArguments} | options)
-        )
-        trainer = kind(GPT2.model(torch.float64), args, train_dataset=GPT2.samples(16, torch.float64))
-        trainer.train()
-        kept[kind] = dict(trainer.model.named_parameters())
-    assert_same(kept[WeighingGrape], kept[Weighing], rtol=1e-9, atol=1e-12)
+    made = {"max_steps": 3, "feedback_space": "hidden", "feedback_sweeps": 2} | options
+    ours, stock = several(WeighingGrape, tmp_path, GPT2, **made), several(Weighing, tmp_path, GPT2, **made)
+    ours.train(), stock.train()
+    assert_same(dict(ours.model.named_parameters()), dict(stock.model.named_parameters()), rtol=1e-9, atol=1e-12)
 
 
 class Penalising(Trainer):
@@ -347,15 +343,13 @@ class PenalisingGrape(GrapeMixin, Penalising):
     pass
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "dfa"}, {"feedback_sweeps": 1}], ids=["maps", "dfa", "sweep"])
+@pytest.mark.parametrize("options", [MAPS, {}, MAPS | {"feedback_sweeps": 1}], ids=["maps", "dfa", "sweep"])
 def test_a_loss_that_differentiates_a_gradient_is_refused(options, tmp_path):
-    def trainer(**more: Any) -> Trainer:
-        model = GPT2.model()
-        model.set_attn_implementation("eager")  # the fused kernel has no second derivative
-        return PenalisingGrape(model, arguments(tmp_path, max_steps=1, **more), train_dataset=GPT2.samples(8))
-
-    refused = trainer(**options)
+    refused = several(PenalisingGrape, tmp_path, GPT2, **options)
+    stock = several(PenalisingGrape, tmp_path, GPT2, method="bp")
+    for trainer in (refused, stock):
+        trainer.model.set_attn_implementation("eager")  # the fused kernel has no second derivative
     with pytest.raises(RuntimeError, match='differentiates a gradient.*method="bp"'):
         refused.train()
     assert count_hooks(refused.model) == 0
-    trainer(method="bp").train()
+    stock.train()

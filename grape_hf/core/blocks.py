@@ -144,8 +144,9 @@ def _names(model: nn.Module, prefix: str, chain: Chain) -> str:
     for name in chain:
         parent = name.rpartition(".")[0]
         listed = modules.get(parent.removeprefix(prefix))
-        items = listed.named_children() if isinstance(listed, nn.ModuleList | nn.Sequential) else [("", None)]
-        whole = all(f"{parent}.{child}" in chain for child, _ in items)
+        whole = isinstance(listed, nn.ModuleList | nn.Sequential) and all(
+            f"{parent}.{child}" in chain for child, _ in listed.named_children()
+        )
         names[parent if whole else name] = None
     return ",".join(names)
 

@@ -123,12 +123,12 @@ class Star:
 
     def put(self, e: Tensor) -> None:
         """Put the error in, and compute at once the deltas that are more than B_l e."""
-        self.e, self._rounded = e, None
         if self.over and (self.sweeps or self.path):
             raise RuntimeError(
                 "a backward came after the end of the step that its forward was made in: expected it before, as "
                 "feedback_sweeps and feedback_path need the graphs of all blocks."
             )
+        self.e, self._rounded = e, None
         if self.arms:
             deltas = self._down_the_path(e) if self.path else self._by_matrices()
             self._ready = self._sweep(deltas, e)

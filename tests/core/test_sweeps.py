@@ -36,6 +36,8 @@ def in_star(
 ) -> dict[str, Tensor]:
     blocks = list(find_blocks(model).values())
     boundaries = Boundaries(blocks, readers=[[block] for block in blocks[1:]] if by_readers else None)
+    if by_readers:
+        probe(model, boundaries, loss)  # as a run does
     B = ["identity"] * len(boundaries) if maps is None else maps.product()
     with boundaries.attached(), boundaries.broadcast(B, refinement=Refinement(maps, sweeps=sweeps)):
         return gradients(model, loss)
@@ -234,13 +236,7 @@ def test_a_path_to_the_last_block_is_in_every_sweep(learned):
         return (model(x) * weight).sum()
 
     expected, maps = gradients(model, loss), learned_maps(4) if learned else None
-    blocks = list(model.blocks)
-    boundaries = Boundaries(blocks, readers=[[block] for block in blocks[1:]])
-    probe(model, boundaries, lambda: model(x))
-    B = ["identity"] * 4 if maps is None else maps.product()
-    with boundaries.attached(), boundaries.broadcast(B, refinement=Refinement(maps, sweeps=4)):
-        found = gradients(model, loss)
-    for name, gradient in found.items():
+    for name, gradient in in_star(model, loss, maps, 4, by_readers=True).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-13)
 
 
