@@ -5,6 +5,7 @@ half: what users hang on a Trainer goes on working.
 """
 
 import dataclasses
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -499,6 +500,11 @@ def test_a_step_that_leaves_out_ours_is_refused_before_an_update(tmp_path):
     direct = run(WholeGrape, **LEARNED)
     assert differ({name: p for name, p in weights(direct).items() if name in stock}, stock)
     assert direct.feedback
+
+    again = run(GrapeTrainer, **LEARNED)
+    again.training_step = MethodType(Whole.training_step, again)
+    with pytest.raises(RuntimeError, match="ordinary backpropagation"):
+        again.train()
 
 
 class OwnLoop(GrapeTrainer):

@@ -25,7 +25,6 @@ Source: ours (METHOD.md, "Block-level feedback, paths and sweeps"); the update i
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -136,9 +135,8 @@ class BlockMaps:
             indices = [seen[place][0] for place in places]
             G = self.G[indices[0]]
             stacks = [torch.stack(of_all) for of_all in zip(*(seen[place][1] for place in places), strict=True)]
-            dtype = reduce(torch.promote_types, [G.dtype, *(t.dtype for t in stacks)])
-            wide = [t.to(G.device, dtype).flatten(1, 2) for t in stacks]
-            for index, *found in zip(indices, *_sums(*wide, dtype=G.dtype), strict=True):
+            wide = [t.to(G).flatten(1, 2) for t in stacks]
+            for index, *found in zip(indices, *_sums(*wide), strict=True):
                 earlier = self.sums.get(index)
                 if earlier is not None:
                     found = [a + b for a, b in zip(earlier.tensors, found, strict=True)]
@@ -195,12 +193,11 @@ def chained(G: Iterable[Tensor]) -> BlockMaps:
     return BlockMaps(maps, [*range(1, len(maps)), None][: len(maps)])
 
 
-def _sums(v: Tensor, d: Tensor, predicted: Tensor, *, dtype: torch.dtype) -> list[Tensor]:
+def _sums(v: Tensor, d: Tensor, predicted: Tensor) -> list[Tensor]:
     """Return the sums of ``MapSums`` for several boundaries, stacked; vectors are ``(boundaries, N, n)``."""
     squares = d.square().sum(-1)
     products = torch.stack([(predicted * v).sum((1, 2)), predicted.square().sum((1, 2)), v.square().sum((1, 2))], -1)
-    sums = [(v - predicted).mT @ d, squares.sum(-1), _largest(d)]
-    return [t.to(dtype) for t in sums] + [(squares > 0).sum(-1), products.to(dtype)]
+    return [(v - predicted).mT @ d, squares.sum(-1), _largest(d), (squares > 0).sum(-1), products]
 
 
 def _largest(d: Tensor, rows: int = 256) -> Tensor:
