@@ -212,7 +212,8 @@ class Look(Watcher):
                 "no forward with gradients ran through the blocks inside `compute_loss`. A loss that runs the model "
                 "without gradients first, and with them in the backward (a cached loss), cannot be trained by direct "
                 'feedback: compute it at once, or use method="bp". If the model does not call these blocks '
-                f"({total} of them, the first a {self._kind(0)}), name others with the option `blocks`."
+                f"({total} of them, the first a {self._kind(0)}), or calls their `forward` itself, which no hook sees, "
+                "name others with the option `blocks`."
             )
         if self.order != list(range(total)):
             if self.error is not None:

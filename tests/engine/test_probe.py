@@ -73,13 +73,16 @@ def test_streams_in_front_of_the_batch_are_refused():
         run.start(lambda: model(torch.ones(1, 3, 4)))
 
 
-def test_blocks_that_are_never_called_are_named():
+@pytest.mark.parametrize("past_hooks", [False, True])
+def test_blocks_that_are_never_called_are_named(past_hooks):
     class Unused(SideBySide):
         def forward(self, x: Tensor) -> Tensor:
+            for block in self.left if past_hooks else []:
+                x = block.forward(x)
             return self.head(x)
 
     model = Unused()
     run = GrapeRun(model, GrapeArgumentsMixin(blocks="left"))
-    with pytest.raises(RuntimeError, match=r"does not call these blocks \(2 of them, the first a Layer\), name others"):
+    with pytest.raises(RuntimeError, match=r"these blocks \(2 of them, the first a Layer\), or calls their `forward`"):
         run.start(lambda: model(torch.ones(1, 4)))
     assert count_hooks(model) == 0
