@@ -32,6 +32,7 @@ from study_trainers import (
     TRAINERS,
     ExactPart,
     FirstPoints,
+    LastPoints,
     LateStages,
     MeasuredUpdates,
     RandomSigns,
@@ -178,6 +179,26 @@ class TestFirstPoints:
             # Identity feedback brings e to h_1 .. h_k; the embeddings' matrix is the head's as well.
             expected = star if k > 0 and (is_low(name, k) or "wte" in name) else bp
             torch.testing.assert_close(used, expected.gradients[0][name], msg=lambda t, n=name: f"{n}: {t}")
+
+
+class TestLastPoints:
+    @pytest.mark.parametrize("k", range(1, LAYERS + 1))
+    def test_one_chain_below_and_the_star_above(self, tmp_path: Path, k: int):
+        _, star = trained(tmp_path / "star", GrapeTrainer, steps=1, **STAR)
+        _, mixed = trained(tmp_path / "mixed", lambda **kw: LastPoints(k, **kw), steps=1, **STAR)
+        model, made = tiny_model(), dict[int, Tensor]()
+        for index in (k - 1, LAYERS - 1):
+            model.transformer.h[index].register_forward_hook(lambda _, a, out, i=index: made.update({i: out}))
+        batch = torch.stack([row["input_ids"] for row in tokens(2)])
+        logits = model(batch).logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum") / batch.numel()
+        (e,) = torch.autograd.grad(loss, made[LAYERS - 1], retain_graph=True)
+        low = {n: p for n, p in model.named_parameters() if is_low(n, k)}
+        chain = dict(zip(low, torch.autograd.grad(made[k - 1], list(low.values()), e), strict=True))
+        for name, used in mixed.gradients[0].items():
+            if "wte" not in name:  # the embeddings' matrix is the head's as well
+                expected = chain.get(name, star.gradients[0][name])
+                torch.testing.assert_close(used, expected, msg=lambda t, n=name: f"{n}: {t}")
 
 
 class TestExactPart:

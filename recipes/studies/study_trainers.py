@@ -4,6 +4,7 @@ Each is chosen in a study's YAML by ``trainer: {<name>: <value>}`` among a metho
 
 - ``late_stages: K``: backpropagation with the delay of a pipeline of K stages (``LateStages``);
 - ``first_points: k``: feedback at h_1 .. h_k, the exact gradient above (``FirstPoints``);
+- ``last_points: k``: feedback at h_k .. h_{L-1}, one chain below (``LastPoints``);
 - ``exact_part: name``: exact weight gradients for one part of every block (``ExactPart``);
 - ``measured_updates: cosine``: gradients of a block times their measured cosine (``MeasuredUpdates``);
 - ``smaller_below: c``: gradients times c in the lower two thirds of the blocks (``SmallerBelow``);
@@ -116,6 +117,14 @@ class FirstPoints(StudyTrainer):
     def _resume(self, run: Any) -> None:
         super()._resume(run)  # called when the run has started, before its first step
         run.drift.cuts = lambda index: index < self.value
+
+
+class LastPoints(StudyTrainer):
+    """Direct feedback at h_k .. h_{L-1} alone: the blocks up to k are one unit, which gets B_k e at its end."""
+
+    def _resume(self, run: Any) -> None:
+        super()._resume(run)
+        run.drift.cuts = lambda index: index + 1 >= self.value
 
 
 class ExactPart(StudyTrainer):
@@ -239,6 +248,7 @@ class SmallerBelow(ScaledBlocks):
 TRAINERS: dict[str, type[StudyTrainer]] = {
     "late_stages": LateStages,
     "first_points": FirstPoints,
+    "last_points": LastPoints,
     "exact_part": ExactPart,
     "measured_updates": MeasuredUpdates,
     "smaller_below": SmallerBelow,
