@@ -141,7 +141,7 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
         self._micro_batch = (self.state.global_step, number + 1 if step == self.state.global_step else 0)
 
     def _places(self, inputs: dict[str, Any]) -> range:
-        """Where the samples of this micro-batch stand in the global batch, however that is split (METHOD.md)."""
+        """Where the samples of this micro-batch stand in the global batch, however that is split."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         samples = _samples_in(inputs)
         whole = self._train_batch_size * (1 if self.accelerator.split_batches else ranks)  # of a micro-batch, all ranks

@@ -19,7 +19,9 @@ import rooms
 from grape_hf.training_args import PRESETS, GrapeArgumentsMixin
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = {int: "whole number", float: "number", bool: "`True`, `False`", str: "names"}
+KINDS = {int: "whole number", float: "number", bool: "`True`, `False`"}
+LISTS = {"blocks": "names", "pipeline_split": "whole numbers"}  # in a string, with commas
+FOUND = {"blocks": "found in the model", "pipeline_split": "even"}  # where None is given
 
 
 def main() -> None:
@@ -52,7 +54,8 @@ def options_table() -> str:
     hints = get_type_hints(GrapeArgumentsMixin)
     rows = ["| option | values | default | |", "| --- | --- | --- | --- |"]
     for option in dataclasses.fields(GrapeArgumentsMixin):
-        cells = [f"`{option.name}`", _values(hints[option.name]), _default(option), _summary(option.metadata["help"])]
+        values = LISTS.get(option.name) or _values(hints[option.name])
+        cells = [f"`{option.name}`", values, _default(option), _summary(option.metadata["help"])]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -121,7 +124,7 @@ def _values(hint: Any) -> str:
 def _default(option: Any) -> str:
     """Write down the default; of one that the preset decides, that of ``recommended``, and which presets differ."""
     if option.name not in PRESETS["recommended"]:
-        return "found in the model" if option.default is None else f"`{option.default}`"
+        return FOUND[option.name] if option.default is None else f"`{option.default}`"
     usual = PRESETS["recommended"][option.name]
     others: dict[Any, list[str]] = {}
     for preset, options in PRESETS.items():

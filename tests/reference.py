@@ -1,11 +1,11 @@
-r"""GrAPE as METHOD.md tells it, slowly: no hooks, no batches; one sample, one boundary, one position at a time.
+r"""GrAPE as docs/how_it_works.md tells it, slowly: no hooks or batches; one sample, one boundary, one position at a time.
 
 It knows nothing of ``grape_hf``. The model shows its parts: ``stem``, ``blocks`` f_1 .. f_L, ``readout`` (norm, head)
 and ``loss``. An activation h_l of one sample is ``(positions, n_l)``; errors are measured in ``hidden`` space, y = h_L.
 Matrices are named by their boundary, 1 .. L-1: ``B[l]`` is ``(n_l, n_y)``, ``J[l]`` is ``(n_y, n_l)``.
 """
 
-# ruff: noqa: E741  l is METHOD.md's letter for a boundary
+# ruff: noqa: E741  l is the letter for a boundary
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -19,7 +19,7 @@ forward-mode pass is made and no block waits. What blocks of one shape have show
 backward is over: on a GPU many small kernels would cost more than their arithmetic.
 In this file ``maps[i]`` belongs to boundary i, h_{i+1}: it leads to the gradient there.
 
-Source: ours (METHOD.md, "Block-level feedback, paths and sweeps"); the update is Widrow and Hoff's, normalised.
+Source: ours (docs/how_it_works.md); the update is Widrow and Hoff's, normalised.
 """
 
 from collections import defaultdict

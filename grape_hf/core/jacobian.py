@@ -125,7 +125,7 @@ def rank_one_sum(q: Tensor, a: Tensor, pairing: Pairing = SAME) -> Tensor:
     Raises:
         ValueError: if q and a are of different batches.
 
-    Source: GrAPE (ICLR 2026), rank-1 Jacobian estimate; METHOD.md, "Dual forward".
+    Source: GrAPE (ICLR 2026), rank-1 Jacobian estimate.
     """
     if q.shape[0] != a.shape[0]:
         raise ValueError(

@@ -13,8 +13,8 @@ are two ways to a better delta, which use the graphs of the blocks before these 
   (relaxation): F_l of a wrong delta brings in new errors, which have little in common with those of the delta before.
   Down the shortcut path they go all the way, as the deltas before are far too small there. After n sweeps the n
   highest deltas are exact, so L - 1 sweeps are backpropagation of e. What else reads h_l (an auxiliary head, a
-  router's loss) comes to block l later, with its own backward, and is in no delta below. Source: METHOD.md; published
-  for C = identity, without relaxation, as Highway-BP (Fagnou et al., ICLR 2025, arXiv 2501.17086).
+  router's loss) comes to block l later, with its own backward, and is in no delta below. Published for
+  C = identity, without relaxation, as Highway-BP (Fagnou et al., ICLR 2025, arXiv 2501.17086).
 """
 
 from dataclasses import dataclass

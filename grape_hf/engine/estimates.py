@@ -39,7 +39,7 @@ class Estimates:
 
     def __init__(self, aside: Aside, options: GrapeArgumentsMixin, seed: int, blocks: Sequence[nn.Module]) -> None:
         self.aside, self.options, self.seed = aside, options, seed
-        # On convolutions a dual forward costs 3.4 to 5.9 forwards, two for a finite difference (DESIGN.md).
+        # On convolutions a dual forward costs 3.4 to 5.9 forwards, two for a finite difference.
         cheaper: JvpMode = "finite_difference" if are_convolutional(blocks) else "dual"
         asked = options.jvp_mode
         self._planned: JvpMode = asked if asked == "dual" or asked == "finite_difference" else cheaper

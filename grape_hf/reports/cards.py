@@ -46,7 +46,7 @@ _KINDS = {
     "weight_gradient/size": "size of g / g*",
 }
 # What the first two are where each block has a map of its own.
-_OF_MAPS = {"cos(B, Ĵ)": "cos(G δ, v)"}
+_OF_MAPS = {"cos(B, Ĵ)": "cos(G d, v)"}
 # Options of the Trainer that decide what is learned and that its own card leaves out.
 _TRAINER_OPTIONS = (
     "weight_decay",

@@ -81,7 +81,7 @@ def test_ema_and_lms_by_hand():
 
 
 def test_lms_is_bounded_where_vectors_are_longer_than_samples_are_many():
-    """32 flattened maps of 16,384 numbers: without the bound the error grows tenfold in 31 steps (METHOD.md)."""
+    """32 flattened maps of 16,384 numbers: without the bound the error grows tenfold in 31 steps."""
     n_l, n_y, samples = 2048, 10, 16
     J = torch.randn(n_y, n_l) / n_l**0.5
     feedback = Feedback([torch.zeros(n_l, n_y)], rule="lms", lr=1.0)

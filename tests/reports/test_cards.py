@@ -519,7 +519,7 @@ def test_a_card_says_what_learned_the_feedback_and_which_way_the_error_took(tmp_
     assert "forward-mode" not in card
     assert "shortcut connections of those blocks" in card
     assert "corrected once" in card
-    assert "| boundary | output of | cos(G δ, v) | cos(B e, δ) | cos(g, g*) | size of g / g* |" in card
+    assert "| boundary | output of | cos(G d, v) | cos(B e, δ) | cos(g, g*) | size of g / g* |" in card
     logged = next(e for e in reversed(run.state.log_history) if "grape/weight_gradient/cosine/h_1" in e)
     assert f"{logged['grape/weight_gradient/cosine/h_1']:.3f}" in card
     assert f"{logged['grape/weight_gradient/size/h_2']:.3f}" in card
