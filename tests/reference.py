@@ -1,4 +1,4 @@
-r"""GrAPE as docs/how_it_works.md tells it, slowly: no hooks or batches; one sample, one boundary, one position at a time.
+r"""GrAPE as docs/how_it_works.md tells it, slowly: no hooks or batches; a sample, a boundary, a position at a time.
 
 It knows nothing of ``grape_hf``. The model shows its parts: ``stem``, ``blocks`` f_1 .. f_L, ``readout`` (norm, head)
 and ``loss``. An activation h_l of one sample is ``(positions, n_l)``; errors are measured in ``hidden`` space, y = h_L.
