@@ -51,6 +51,8 @@ class BlockHook:
             new = mode.at_boundary(self.index, h, self.block, *self.taken())
         elif self.makes_y:
             new = mode.at_output(h, self.index)
+        elif self.index == len(self.boundaries):
+            new = mode.at_last(h)
         return None if new is h else nested.put(output, path, new)
 
     def taken(self) -> tuple[tuple, dict]:
@@ -86,8 +88,8 @@ class ReaderHook:
         hook = self.hooks[index]
         if index not in self.boundaries.pooled:
             return mode.at_boundary(index, h, hook.block, *hook.taken())
-        read = self.boundaries._read_before.get(index)
-        if read is None or read[0] is not mode or read[1] is not h:
-            read = mode, h, mode.at_boundary(index, h, hook.block, *hook.taken())
+        read, call = self.boundaries._read_before.get(index), self.boundaries.current_call
+        if read is None or read[0] is not mode or read[1] is not h or read[2] is not call:
+            read = mode, h, call, mode.at_boundary(index, h, hook.block, *hook.taken())
             self.boundaries._read_before[index] = read
-        return read[2]
+        return read[3]

@@ -75,6 +75,7 @@ class Boundaries:
         sizes: n_l of each h_l, which every forward that counts must have; any by default.
         read_at: where the loss reads y if that is one position alone; None if it is not.
         read: the same for the samples of the next estimate, ``(batch, positions)``, by the error that a step has found.
+        last_checked: whether it was seen in a step that all of h_L's gradient comes by way of y, the output of a head.
         places: where a block finds h_l among its arguments, by boundary; the first floating-point tensor by default.
         parts: where the hidden states are in what a block returns, by its number; the same by default.
 
@@ -108,7 +109,8 @@ class Boundaries:
         self.places: dict[int, nested.Path] = {}
         self.parts: dict[int, nested.Path] = {}
         self._mode: Mode | None = None
-        self._read_before: dict[int, tuple[Mode, Tensor, Tensor]] = {}  # by a decoder's earlier blocks
+        self._read_before: dict[int, tuple[Mode, Tensor, Any, Tensor]] = {}  # by a decoder's earlier blocks
+        self.last_checked = False
         self._warned = False
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ from grape_hf.core.block_maps import BlockMaps
 from grape_hf.core.layout import Pairing
 from grape_hf.core.lesson import Lesson
 from grape_hf.core.modes import FollowingMode, Forward
-from grape_hf.core.nodes import Broadcast, Cut, Receive, Through
+from grape_hf.core.nodes import Broadcast, Cut, Last, Receive, Through
 from grape_hf.core.star import Arm, Matrix, Star, autocast_dtype
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class BroadcastMode(FollowingMode):
         pairing = self.boundaries.pairing(index, h, self.mask)
         if mode is self:
             self.boundaries.check_size(index, h)
-            forward = self._follow(index + 1)
+            forward = self._follow(index + 1, h)
             if self.keep == "h and e":
                 forward.h[index] = h.detach().clone() if copied else h.detach()
                 forward.pairings[index] = pairing
@@ -128,6 +128,21 @@ class BroadcastMode(FollowingMode):
                 check_gradient(index, h, block)
             cut = h.detach()
         return cut.clone() if copied else cut
+
+    def at_last(self, h: Tensor) -> Tensor:
+        """Return h_L, whose backward sees whether the loss reads it beside y."""
+        mode = self.under_way()
+        if mode is None or not h.requires_grad:
+            return h
+        assert isinstance(mode, BroadcastMode)
+        if mode.token is None:
+            return h
+        # Once in a run, in its first step: that takes a backward of the head.
+        if mode is self and self.keep in ("e", "e and deltas") and not self.boundaries.last_checked:
+            self.boundaries.last_checked = True
+            if not self.boundaries.whole and not torch.compiler.is_compiling():
+                mode.star.last = h
+        return Last.apply(h, mode.star)
 
     @property
     def cuts_have_graphs(self) -> bool:
@@ -155,7 +170,7 @@ class BroadcastMode(FollowingMode):
             check_gradient(site, y, self.boundaries.blocks[site])
         if mode.token is not None:
             mode.star.site = site
-            mode.star.y = y if mode.star.arms else None
+            mode.star.y = y if mode.star.arms or mode.star.last is not None else None
             kept = self.forwards[-1].errors if mode is self and self.keep != "nothing" else None
             y = Broadcast.apply(y, mode.token, mode.star, site, kept)
         if mode is self and self.forwards:

@@ -27,6 +27,7 @@ class Forward:
         errors: what a backward left at each module that may have made y, by its number.
         site: the number of the module that did.
         call: the call of the model that this is (``calls.py``).
+        apart: whether it is several calls: of an encoder by itself, and of the decoder.
         reached: whether it got to y.
         sent: the deltas that a star sent to each h_l.
     """
@@ -38,6 +39,7 @@ class Forward:
     errors: dict[int, Tensor] = field(default_factory=dict)
     site: int = 0
     call: Any = None
+    apart: bool = False
     reached: bool = False
     sent: dict[int, Tensor] = field(default_factory=dict)
 
@@ -65,6 +67,10 @@ class Mode:
         """Return what takes the place of h_l; ``args`` and ``kwargs`` are what the block was called with."""
         raise NotImplementedError
 
+    def at_last(self, h: Tensor) -> Tensor:
+        """Return what takes the place of h_L where y is behind it, the output of a head."""
+        return h
+
     def at_output(self, y: Tensor, site: int) -> Tensor:
         """Return what takes the place of y, or of what is y if no later block runs; ``site`` numbers the module."""
         raise NotImplementedError
@@ -86,13 +92,14 @@ class FollowingMode(Mode):
         self._ended = True  # whether no later module can make y
         self._call: Any = None  # of the model, in which the forward under way is
         self._made: list[Any] = []  # the graph's nodes of the last blocks
+        self._nodes: set[Any] = set()  # of all blocks in the forward under way
         self._scratch: FollowingMode | None = None
 
     def begin(self) -> None:
         """Begin a forward."""
         self._call = self.boundaries.current_call
         self.forwards.append(Forward(call=self._call))
-        self._last, self._ended = -1, False
+        self._last, self._ended, self._nodes = -1, False, set()
 
     def under_way(self) -> "FollowingMode | None":
         """Return the mode that acts now: none without gradients, and one to throw away during a recomputation.
@@ -118,13 +125,35 @@ class FollowingMode(Mode):
                 self._check_start(index, h)
             self._follow(index)
             self._last = index
+            if not torch.compiler.is_compiling():
+                self._nodes.add(h.grad_fn)
             if index == len(self.boundaries):
                 self._made.append(h.grad_fn)
 
-    def _follow(self, index: int) -> Forward:
-        """Return the forward in which block ``index`` runs, or is about to."""
-        if self._ended or index <= self._last or self._call is not self.boundaries.current_call:
-            self.begin()
+    def _follow(self, index: int, h: Tensor | None = None) -> Forward:
+        """Return the forward in which block ``index`` runs, or is about to.
+
+        Args:
+            index: of the block.
+            h: what it is about to read, if it was made by the block before.
+
+        Raises:
+            RuntimeError: if a further forward branches off from an earlier one, whose lower blocks get no error of it.
+        """
+        again, call = self._ended or index <= self._last, self.boundaries.current_call
+        if again or self._call is not call:
+            branches = h is not None and bool(self._nodes) and not self._nodes.isdisjoint(graph_of(h))
+            if again and branches:
+                block = type(self.boundaries.blocks[index]).__name__
+                raise RuntimeError(
+                    f"block {index + 1} ({block}) ran a second time on what the blocks below it had made once (a "
+                    "second decoding of one encoding, several branches on one trunk). Only the first time would send "
+                    'its error to all of them. Run the whole model each time, or use method="bp".'
+                )
+            if branches:  # an encoder called by itself, and now its decoder
+                self._call, self.forwards[-1].apart = call, True
+            else:
+                self.begin()
         return self.forwards[-1]
 
     def _check_start(self, index: int, h: Tensor) -> None:
@@ -157,7 +186,7 @@ class RecordMode(FollowingMode):
         delta: dict[int, Tensor] = {}
         if mode is self:
             self.boundaries.check_size(index, h)
-            forward = self._follow(index + 1)
+            forward = self._follow(index + 1, h)
             forward.h[index], delta = h, forward.delta
             forward.pairings[index] = self.boundaries.pairing(index, h, self.mask)
         passed = Exact.apply(h, delta, index) if h.requires_grad else h

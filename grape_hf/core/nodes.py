@@ -114,6 +114,23 @@ class Through(torch.autograd.Function):
         return delta, None, None, None, None
 
 
+class Last(torch.autograd.Function):
+    """Identity on h_L in front of a head whose output is y; backward shows the star all that reaches h_L."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, star: Star) -> Tensor:
+        """Return h."""
+        ctx.star = star
+        return h.detach()
+
+    @staticmethod
+    @_undifferentiated
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient as it came; see ``Star.check_last``."""
+        ctx.star.check_last(gradient)
+        return gradient, None
+
+
 class Broadcast(torch.autograd.Function):
     """Identity on y; backward hands the error e to y's own graph and, by the star, to every ``Receive`` node."""
 

@@ -17,6 +17,8 @@ are two ways to a better delta, which use the graphs of the blocks before these 
   C = identity, without relaxation, as Highway-BP (Fagnou et al., ICLR 2025, arXiv 2501.17086).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,7 +98,8 @@ class Star:
         e: dLoss/dy, in the shape of y; None before the backward gets there.
         site: which node is the one at y. Where blocks are left out at random any of them may be the last that ran.
         arms: the boundaries, kept for sweeps and paths alone.
-        y: the output with its graph, kept for sweeps and paths alone.
+        y: the output with its graph, kept for sweeps, paths and ``last``.
+        last: h_L as its block made it, where it is to be seen once whether all of its gradient comes by way of y.
         over: whether no backward of this forward can come any more.
         sweeping: whether a sweep is under way. Its backward comes by the nodes of arms that lie below, which then
             receive nothing.
@@ -116,6 +119,8 @@ class Star:
         self.lesson, self.sweeps, self.path, self.maps, self.around = lesson, sweeps, path, maps, around
         self.arms: dict[int, Arm] = {}
         self.y: Tensor | None = None
+        self.last: Tensor | None = None
+        self._by_y: Tensor | None = None  # what y sends to ``last``
         self.sweeping = self.over = False
         self.dtype: torch.dtype | None = None
         self._rounded: Tensor | None = None  # e in that dtype
@@ -129,13 +134,33 @@ class Star:
                 "feedback_sweeps and feedback_path need the graphs of all blocks."
             )
         self.e, self._rounded = e, None
+        if self.last is not None and self.y is not None:
+            with self._aside():
+                (self._by_y,) = torch.autograd.grad(self.y, self.last, e, retain_graph=True, allow_unused=True)
+            self.last = None
         if self.arms:
             deltas = self._down_the_path(e) if self.path else self._by_matrices()
             self._ready = self._sweep(deltas, e)
 
+    def check_last(self, gradient: Tensor) -> None:
+        """Raise RuntimeError if the gradient at h_L does not all come by way of y, by which alone e is found.
+
+        Of a head that was not called at all ``Boundaries.broadcast`` tells.
+        """
+        if self.sweeping or self.site is None or (self.e is not None and self._by_y is None):
+            return
+        by_y, self._by_y = self._by_y, None
+        # Two backwards of the same operations agree to rounding.
+        if by_y is None or not torch.dist(gradient, by_y) <= 0.01 * torch.linalg.vector_norm(gradient):
+            raise RuntimeError(
+                "the loss reads the output of the last block beside the head (a loss on hidden states, features kept "
+                "by a hook, several heads), and the error is measured at the head's output: what comes from there "
+                'would not reach the other blocks. Use feedback_space="hidden".'
+            )
+
     def forget(self) -> None:
         """Let go of the graph. Until then another backward of the same forward may come."""
-        self.arms, self.y, self._ready, self.over = {}, None, {}, True
+        self.arms, self.y, self.last, self._ready, self.over = {}, None, None, {}, True
 
     def delta(self, index: int, B: Matrix | None, h_shape: torch.Size, pairing: Pairing) -> Tensor:
         """Return delta_l: B_l e, or what paths and sweeps have made of it.
@@ -146,7 +171,12 @@ class Star:
             h_shape: shape of h_l.
             pairing: how positions of h_l and of e go together.
         """
-        assert self.e is not None, "the error arrives before any block is reached"
+        if self.e is None:
+            raise RuntimeError(
+                "a block was reached before any error: the loss does not use the output of the last block that ran (it "
+                "reads a hidden state in the middle, or another exit), so that there is none to send. Expected every "
+                'loss to go by way of the last block; leave the blocks behind it out of `blocks`, or use method="bp".'
+            )
         delta = self._ready.pop(index, None)
         if delta is None:
             assert B is not None
@@ -202,11 +232,8 @@ class Star:
             lesson = self.lesson if number == 0 and self.lesson is not None and self.lesson.maps is not None else None
             # From the deltas before they are corrected, which are what the maps have made.
             made = {i: lesson.delta(d, self.arms[i].pairing) for i, d in deltas.items()} if lesson else {}
-            self.sweeping = True
-            try:
+            with self._aside():
                 exact = torch.autograd.grad(outputs, inputs, errors, retain_graph=True, allow_unused=True)
-            finally:
-                self.sweeping = False
             corrected = dict(deltas)
             for place, v in reversed(list(enumerate(exact))):
                 index, above = below[place], indices[place + 1] if place + 1 < len(indices) else None
@@ -223,6 +250,15 @@ class Star:
                     corrected[index] = torch.lerp(deltas[index].to(corrected[index]), corrected[index], _RELAXATION)
             deltas = corrected
         return deltas
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Have nodes do nothing in a backward that is none of the step's."""
+        self.sweeping = True
+        try:
+            yield
+        finally:
+            self.sweeping = False
 
     def _coarse(self, index: int, above: int, change: Tensor) -> Tensor | None:
         """Return C_l of the change of the delta above."""

@@ -187,8 +187,10 @@ class Watcher:
         floating = [t for _, t in nested.tensors(self.output) if t.is_floating_point() and t.requires_grad]
         last = len(self.boundaries)
         found = []
-        if (last, self.parts[last]) in marks_of(floating if loss is None else [loss]):
-            found.append("the loss" if loss is not None else "an output of the model")
+        if loss is not None and (last, self.parts[last]) in marks_of([loss]):
+            found.append("the loss")
+        elif (last, self.parts[last]) in marks_of(floating):
+            found.append("an output of the model")
         used = parameters_of(floating)
         width = {self.made[last].shape[-1], *self.made[last].shape[1:2]}
         for name, module in self.model.named_modules():

@@ -121,6 +121,12 @@ class StarEngine:
         run, calls, first = self.run, self.run.calls, self.run.first_error
         if not first.seen and self._forwards:
             first.see(run.boundaries, self._forwards[0].e, labels)
+        if (run.estimating or run.measuring) and any(forward.apart for forward in self._forwards):
+            raise RuntimeError(
+                "the loss calls the encoder by itself and hands its output to the model. Estimates, and measurements "
+                "of the alignment, run the model once more, and would not see the encoder: expected one call of the "
+                'model, or feedback_rule="local" without alignment_steps.'
+            )
         for forward, made in zip(self._forwards, calls.made, strict=False):
             forward.call = forward.call or made  # a compiled forward does not know it
         call = next((f.call for f in self._forwards if f.reached and f.call is not None), None)
