@@ -72,7 +72,7 @@ class StarEngine:
         """
         run, calls = self.run, self.run.calls
         calls.remember_randomness = bool(run.options.alignment_steps)
-        calls.made = []
+        calls.made, calls.repeated = [], not run.started
         calls.masks.note_batch(batch)
         calls.loss = None if loss is None else calls.call(loss, (), {})
         with ExitStack() as stack:
@@ -84,6 +84,7 @@ class StarEngine:
                         run.start(call, self.steps_per_epoch)
                     self._tell(run)
                 run.begin_step(step)
+                calls.repeated = run.estimating or run.measuring
                 self._forwards = stack.enter_context(run.step())
 
             if run.started:
