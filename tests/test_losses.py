@@ -1,13 +1,15 @@
 """Losses and models that are not one forward through trainable blocks: right gradients, against a star made by hand."""
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import LEARNED, assert_same, count_hooks, differ, logged, make_trainer, train, weights
-from problems import DROPOUT, GPT2, PADDED, PLAIN, WIDTH, PlainLanguageModel, Problem
+from problems import DROPOUT, GPT2, PADDED, PLAIN, VOCABULARY, WIDTH, PlainLanguageModel, Problem, text
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -236,6 +238,49 @@ def test_generation_in_the_middle_of_a_step_changes_nothing(options, tmp_path):
         logged(t, "grape/alignment/exact/mean", "alignment_steps" in options) for t in (generating, plain)
     )
     assert measured == expected
+
+
+# --- blocks that the loss calls itself --------------------------------------------------------------------------------
+
+
+class Counting(PlainLanguageModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def stem(self, input_ids: Tensor) -> Tensor:
+        self.seen += 1
+        return super().stem(input_ids) * self.seen
+
+
+class Stepping(Trainer):
+    """Calls the blocks one by one, draws numbers of all kinds, and changes the batch in place."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        inputs["labels"].add_(1).remainder_(VOCABULARY)
+        h = model.stem(inputs["input_ids"]) + torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002
+        for block in model.blocks:
+            h = block(h)
+        loss = model.loss(model.readout(h), inputs["labels"])
+        return (loss, {}) if return_outputs else loss
+
+
+class SteppingGrape(GrapeMixin, Stepping):
+    pass
+
+
+def test_a_loss_that_calls_the_blocks_itself_trains_as_if_it_were_computed_once(tmp_path):
+    """The first attempt at the first step finds out that it does; it leaves nothing behind, nor does the look."""
+    problem = Problem("counting", Counting, text)
+    options: dict[str, Any] = dict(optim="sgd", learning_rate=RATE, max_steps=3, feedback_sweeps=9)
+    made = make_trainer(problem, tmp_path, **options)
+    ours = SteppingGrape(model=made.model, args=made.args, train_dataset=made.train_dataset)
+    ours.train()
+    stock = train(problem, tmp_path, Stepping, **options)
+    assert logged(ours, "loss")[0] == logged(stock, "loss")[0]
+    assert ours.model.seen == stock.model.seen == 3
+    expected = weights(stock)
+    assert_same({name: w for name, w in weights(ours).items() if name in expected}, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- partly frozen models --------------------------------------------------------------------------------------------

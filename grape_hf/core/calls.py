@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from grape_hf.core import nested
 from grape_hf.core.arguments import copied
 from grape_hf.core.blocks import ends
+from grape_hf.core.isolation import random_states
 from grape_hf.core.modes import in_backward
 from grape_hf.core.padding import Masks
 
@@ -30,14 +31,14 @@ class ModelCall:
         args: with what.
         kwargs: and what.
         autocast: device type, dtype and whether autocast was on.
-        random: states of the random generators when it was called, by device; None if not kept.
+        random: sets the random generators as they were when it was called; None if that is not kept.
     """
 
     module: Callable[..., Any]
     args: tuple
     kwargs: dict[str, Any]
     autocast: tuple[str, torch.dtype, bool] | None = None
-    random: dict[torch.device, Tensor] | None = None
+    random: Callable[[], None] | None = None
 
     def __call__(self) -> Any:
         """Make the call again, with arguments that it may change."""
@@ -50,11 +51,8 @@ class ModelCall:
 
     def same_randomness(self) -> None:
         """Set the random generators as they were, so that dropout is the same."""
-        for device, state in (self.random or {}).items():
-            if device.type == "cpu":
-                torch.set_rng_state(state)
-            else:
-                torch.get_device_module(device).set_rng_state(state, device)
+        if self.random is not None:
+            self.random()
 
     @property
     def samples(self) -> int | None:
@@ -165,11 +163,7 @@ class Calls:
         parameter = next(self.model.parameters(), None)
         device = "cpu" if parameter is None or parameter.device.type == "meta" else parameter.device.type
         autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        random = None
-        if self.remember_randomness:
-            devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
-            random = {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
-            random[torch.device("cpu")] = torch.get_rng_state()
+        random = random_states(self.model) if self.remember_randomness else None
         args, kwargs = copied((args, kwargs)) if self.repeated else (args, dict(kwargs))
         return ModelCall(module, args, kwargs, autocast, random)
 

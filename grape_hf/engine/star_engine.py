@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grape_hf.core.arguments import copied
 from grape_hf.core.calls import ModelCall, NoCallError
+from grape_hf.core.isolation import undoing
 from grape_hf.core.modes import Forward
 from grape_hf.engine.first_error import FirstError
 from grape_hf.engine.run import GrapeRun
@@ -39,19 +41,30 @@ class StarEngine:
         """Take the stock step in a star, or at a calibration step in a chain; see ``Engine``."""
 
         def step() -> Tensor:
-            with self.micro_batch(batch.step, batch.loss if self._blocks_alone else None, batch.inputs):
+            with self.micro_batch(batch.step, self._loss_again(batch), batch.inputs):
                 return stock()
 
+        undo = None if self.run.started or self._blocks_alone else undoing(self.run.model, batch.inputs)
         try:
             loss = step()
-        except NoCallError:  # at the first step, before anything was computed
+        except NoCallError:  # at the first step, in its first block
+            assert undo is not None
             self._blocks_alone = True
+            undo()
             loss = step()
         labels = batch.inputs.get("labels") if isinstance(batch.inputs, Mapping) else None
         self.look_again(batch.places, labels, batch.inputs)
         if batch.last:
             self.run.finish_step(batch.rate, batch.decay)
         return loss
+
+    def _loss_again(self, batch: MicroBatch) -> Callable[[], object] | None:
+        """What computes the loss on the batch as it is now, if the loss calls the blocks one by one."""
+        if not self._blocks_alone:
+            return None
+        inputs, loss = copied(batch.inputs), batch.loss
+        assert loss is not None
+        return lambda: loss(copied(inputs))
 
     def close(self) -> None:
         """Take the hooks off the model."""
