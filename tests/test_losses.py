@@ -283,6 +283,66 @@ def test_a_loss_that_calls_the_blocks_itself_trains_as_if_it_were_computed_once(
     assert_same({name: w for name, w in weights(ours).items() if name in expected}, expected, rtol=1e-4, atol=1e-5)
 
 
+# --- blocks that train from a later step on --------------------------------------------------------------------------
+
+
+class Probed(PlainLanguageModel):
+    """Runs its blocks without gradients in the first two steps, inside or by being called without."""
+
+    inside = True
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.inside and self.probing)):
+            h = self.tokens(input_ids)
+            for block in self.blocks:
+                h = block(h)
+        logits = self.readout(h)
+        return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
+
+
+class Probing(Trainer):
+    frozen = False
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        probing = self.state.global_step < 2
+        model.probing = probing and not self.frozen
+        if self.frozen:
+            for part in (model.tokens, model.blocks):
+                part.requires_grad_(not probing)
+        with torch.set_grad_enabled(model.inside or not model.probing):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss if loss.requires_grad else loss + 0 * model.head.bias.sum()
+
+
+class ProbingGrape(GrapeMixin, Probing):
+    pass
+
+
+class FreezingGrape(ProbingGrape):
+    frozen = True
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_blocks_without_gradients_at_first_are_refused_with_what_trains_the_same(inside, tmp_path, monkeypatch):
+    monkeypatch.setattr(Probed, "inside", inside)
+    problem = Problem("probed", Probed, text)
+    options: dict[str, Any] = dict(optim="sgd", learning_rate=RATE, max_steps=4, feedback_sweeps=9)
+
+    def ours(kind: type) -> Any:
+        made = make_trainer(problem, tmp_path, **options)
+        return kind(model=made.model, args=made.args, train_dataset=made.train_dataset)
+
+    with pytest.raises(RuntimeError, match=r"freeze these .*requires_grad_\(False\)"):
+        ours(ProbingGrape).train()
+    if inside:
+        stock, frozen = train(problem, tmp_path, Probing, **options), ours(FreezingGrape)
+        frozen.train()
+        expected = weights(stock)
+        assert_same(
+            {name: w for name, w in weights(frozen).items() if name in expected}, expected, rtol=1e-4, atol=1e-5
+        )
+
+
 # --- partly frozen models --------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from grape_hf.core.calls import ModelCall, NoCallError
 from grape_hf.core.isolation import undoing
 from grape_hf.core.modes import Forward
 from grape_hf.engine.first_error import FirstError
+from grape_hf.engine.probe import FROZEN_AT_FIRST
 from grape_hf.engine.run import GrapeRun
 from grape_hf.engine.samples import Sampler
 from grape_hf.engine.step import MicroBatch
@@ -121,7 +122,7 @@ class StarEngine:
                 f"no forward with gradients through the blocks ({run.block_names[0]}, ...) took place inside "
                 "`compute_loss`. A loss that runs the model without gradients first, and with them in the backward (a "
                 "cached loss), cannot be trained by direct feedback: compute it at once, or use "
-                'method="bp".'
+                f'method="bp". {FROZEN_AT_FIRST}'
             )
 
     def look_again(self, places: Sequence[int], labels: Any = None, batch: Any = None) -> None:
