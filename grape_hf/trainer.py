@@ -125,7 +125,7 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
             parts=self.current_gradient_accumulation_steps,
             last=self.accelerator.sync_gradients,
             inputs=inputs,
-            loss=partial(self._loss, model, inputs, num_items_in_batch),
+            loss=partial(self._loss, model, num_items_in_batch),
             rate=self.optimizer.param_groups[0]["lr"],
             decay=self.args.weight_decay,
         )
@@ -150,7 +150,7 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
         first = self._micro_batch[1] * whole + rank * (samples if dispatched else whole // ranks)
         return range(first, first + samples)
 
-    def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
+    def _loss(self, model: nn.Module, num_items_in_batch: Any, inputs: Any) -> Tensor:
         prepared = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             return self.compute_loss(model, prepared, num_items_in_batch=num_items_in_batch)

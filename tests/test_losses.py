@@ -1,13 +1,15 @@
 """Losses and models that are not one forward through trainable blocks: right gradients, against a star made by hand."""
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import LEARNED, assert_same, count_hooks, differ, logged, make_trainer, train, weights
-from problems import DROPOUT, GPT2, PADDED, PLAIN, WIDTH, PlainLanguageModel, Problem
+from problems import DROPOUT, GPT2, PADDED, PLAIN, VOCABULARY, WIDTH, PlainLanguageModel, Problem, text
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -236,6 +238,109 @@ def test_generation_in_the_middle_of_a_step_changes_nothing(options, tmp_path):
         logged(t, "grape/alignment/exact/mean", "alignment_steps" in options) for t in (generating, plain)
     )
     assert measured == expected
+
+
+# --- blocks that the loss calls itself --------------------------------------------------------------------------------
+
+
+class Counting(PlainLanguageModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def stem(self, input_ids: Tensor) -> Tensor:
+        self.seen += 1
+        return super().stem(input_ids) * self.seen
+
+
+class Stepping(Trainer):
+    """Calls the blocks one by one, draws numbers of all kinds, and changes the batch in place."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        inputs["labels"].add_(1).remainder_(VOCABULARY)
+        h = model.stem(inputs["input_ids"]) + torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002
+        for block in model.blocks:
+            h = block(h)
+        loss = model.loss(model.readout(h), inputs["labels"])
+        return (loss, {}) if return_outputs else loss
+
+
+class SteppingGrape(GrapeMixin, Stepping):
+    pass
+
+
+def test_a_loss_that_calls_the_blocks_itself_trains_as_if_it_were_computed_once(tmp_path):
+    """The first attempt at the first step finds out that it does; it leaves nothing behind, nor does the look."""
+    problem = Problem("counting", Counting, text)
+    options: dict[str, Any] = dict(optim="sgd", learning_rate=RATE, max_steps=3, feedback_sweeps=9)
+    made = make_trainer(problem, tmp_path, **options)
+    ours = SteppingGrape(model=made.model, args=made.args, train_dataset=made.train_dataset)
+    ours.train()
+    stock = train(problem, tmp_path, Stepping, **options)
+    assert logged(ours, "loss")[0] == logged(stock, "loss")[0]
+    assert ours.model.seen == stock.model.seen == 3
+    expected = weights(stock)
+    assert_same({name: w for name, w in weights(ours).items() if name in expected}, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- blocks that train from a later step on --------------------------------------------------------------------------
+
+
+class Probed(PlainLanguageModel):
+    """Runs its blocks without gradients in the first two steps, inside or by being called without."""
+
+    inside = True
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.inside and self.probing)):
+            h = self.tokens(input_ids)
+            for block in self.blocks:
+                h = block(h)
+        logits = self.readout(h)
+        return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
+
+
+class Probing(Trainer):
+    frozen = False
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        probing = self.state.global_step < 2
+        model.probing = probing and not self.frozen
+        if self.frozen:
+            for part in (model.tokens, model.blocks):
+                part.requires_grad_(not probing)
+        with torch.set_grad_enabled(model.inside or not model.probing):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss if loss.requires_grad else loss + 0 * model.head.bias.sum()
+
+
+class ProbingGrape(GrapeMixin, Probing):
+    pass
+
+
+class FreezingGrape(ProbingGrape):
+    frozen = True
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_blocks_without_gradients_at_first_are_refused_with_what_trains_the_same(inside, tmp_path, monkeypatch):
+    monkeypatch.setattr(Probed, "inside", inside)
+    problem = Problem("probed", Probed, text)
+    options: dict[str, Any] = dict(optim="sgd", learning_rate=RATE, max_steps=4, feedback_sweeps=9)
+
+    def ours(kind: type) -> Any:
+        made = make_trainer(problem, tmp_path, **options)
+        return kind(model=made.model, args=made.args, train_dataset=made.train_dataset)
+
+    with pytest.raises(RuntimeError, match=r"freeze these .*requires_grad_\(False\)"):
+        ours(ProbingGrape).train()
+    if inside:
+        stock, frozen = train(problem, tmp_path, Probing, **options), ours(FreezingGrape)
+        frozen.train()
+        expected = weights(stock)
+        assert_same(
+            {name: w for name, w in weights(frozen).items() if name in expected}, expected, rtol=1e-4, atol=1e-5
+        )
 
 
 # --- partly frozen models --------------------------------------------------------------------------------------------

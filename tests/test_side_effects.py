@@ -211,3 +211,45 @@ def test_what_is_shared_with_others_is_changed_back_in_place():
     assert model.history is history == []
     assert model.state is held
     assert not held.any()
+
+
+class Careless(nn.Module):
+    """Changes what it is called with, and says what it was called with."""
+
+    def __init__(self, way: str, seen: set[str]) -> None:
+        super().__init__()
+        self.blocks, self.way, self.saw = encoder(), way, seen.add
+
+    def forward(self, batch: dict[str, Tensor], past: Schedule) -> dict[str, Tensor]:
+        x = batch["x"]
+        self.saw(f"{x.detach().sum():.4f} {sorted(batch)} {len(past.past)}")
+        if self.way == "tensor":
+            x.sub_(0.5).mul_(2)
+        elif self.way == "mapping":
+            batch["x"], batch["y"] = 2 * x, x
+        else:
+            past.past.append(1.0)
+        return {"loss": (self.blocks(batch["x"]) - len(past.past)).square().mean()}
+
+
+@pytest.mark.parametrize("way", ["tensor", "mapping", "object"])
+def test_every_forward_sees_the_arguments_as_they_were(way, tmp_path):
+    rows = list(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)))
+    after = []
+    options: dict[str, Any]
+    for trainer, options in ((Trainer, {}), (GrapeTrainer, {"feedback_sweeps": 9}), (GrapeTrainer, EVERYTHING)):
+        torch.manual_seed(0)
+        seen: set[str] = set()
+        model = Careless(way, seen)
+        more = dict(max_steps=2, label_names=[], remove_unused_columns=False, per_device_train_batch_size=4) | options
+        kind = {} if trainer is GrapeTrainer else {"kind": __import__("transformers").TrainingArguments}
+
+        def collate(rows: list[Tensor]) -> dict[str, Any]:
+            return {"batch": {"x": torch.stack(rows)}, "past": Schedule()}
+
+        args = arguments(tmp_path, **kind, **more)
+        trainer(model, args, train_dataset=rows, data_collator=collate).train()
+        after.append((seen, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    assert len(after[0][0]) == 2  # a step sees one batch
+    assert after[0][0] == after[1][0] == after[2][0]
+    torch.testing.assert_close(after[1][1], after[0][1])

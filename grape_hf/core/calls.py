@@ -15,44 +15,44 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grape_hf.core import nested
+from grape_hf.core.arguments import copied
 from grape_hf.core.blocks import ends
+from grape_hf.core.isolation import random_states
 from grape_hf.core.modes import in_backward
 from grape_hf.core.padding import Masks
 
 
 @dataclass(frozen=True)
 class ModelCall:
-    """One call of the model, or of a module that holds all its blocks. Calling this makes it again.
+    """One call of the model, or of a module that holds all its blocks. Calling this makes it again, on copies.
 
     Args:
         module: what was called; or computes the loss, where that runs the blocks without it.
         args: with what.
         kwargs: and what.
         autocast: device type, dtype and whether autocast was on.
-        random: states of the random generators when it was called, by device; None if not kept.
+        random: sets the random generators as they were when it was called; None if that is not kept.
     """
 
     module: Callable[..., Any]
     args: tuple
     kwargs: dict[str, Any]
     autocast: tuple[str, torch.dtype, bool] | None = None
-    random: dict[torch.device, Tensor] | None = None
+    random: Callable[[], None] | None = None
 
     def __call__(self) -> Any:
-        """Make the call again."""
+        """Make the call again, with arguments that it may change."""
+        args, kwargs = copied((self.args, self.kwargs))
         if self.autocast is None:
-            return self.module(*self.args, **self.kwargs)
+            return self.module(*args, **kwargs)
         device, dtype, enabled = self.autocast
         with torch.autocast(device, dtype=dtype, enabled=enabled):
-            return self.module(*self.args, **self.kwargs)
+            return self.module(*args, **kwargs)
 
     def same_randomness(self) -> None:
         """Set the random generators as they were, so that dropout is the same."""
-        for device, state in (self.random or {}).items():
-            if device.type == "cpu":
-                torch.set_rng_state(state)
-            else:
-                torch.get_device_module(device).set_rng_state(state, device)
+        if self.random is not None:
+            self.random()
 
     @property
     def samples(self) -> int | None:
@@ -110,6 +110,7 @@ class Calls:
         current: the call under way that has gradients: of the outermost module that holds all blocks.
         begun: called with it before it goes on, the first time.
         remember_randomness: keep the states of the random generators with each call.
+        repeated: whether calls will be made again, so that their arguments are copied before the forward changes them.
         loss: stands for a call where none is under way: computes the loss once more. None if the loss calls the model.
         made: the outermost calls with gradients of the micro-batch under way.
     """
@@ -119,6 +120,7 @@ class Calls:
         self.current: ModelCall | None = None
         self.begun: Callable[[ModelCall], None] | None = None
         self.remember_randomness = False
+        self.repeated = False
         self.loss: ModelCall | None = None
         self.made: list[ModelCall] = []
 
@@ -143,13 +145,13 @@ class Calls:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Let calls inside this be of their own, and none of them the first."""
-        before = self.current, self.begun, self.made, self.loss
-        self.current, self.begun, self.made, self.loss = None, None, [], None
+        before = self.current, self.begun, self.made, self.loss, self.repeated
+        self.current, self.begun, self.made, self.loss, self.repeated = None, None, [], None, False
         try:
             yield
         finally:
             self.forget()
-            self.current, self.begun, self.made, self.loss = before
+            self.current, self.begun, self.made, self.loss, self.repeated = before
 
     def forget(self) -> None:
         """Let go of the last call and its masks."""
@@ -161,12 +163,9 @@ class Calls:
         parameter = next(self.model.parameters(), None)
         device = "cpu" if parameter is None or parameter.device.type == "meta" else parameter.device.type
         autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        random = None
-        if self.remember_randomness:
-            devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
-            random = {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
-            random[torch.device("cpu")] = torch.get_rng_state()
-        return ModelCall(module, args, dict(kwargs), autocast, random)
+        random = random_states(self.model) if self.remember_randomness else None
+        args, kwargs = copied((args, kwargs)) if self.repeated else (args, dict(kwargs))
+        return ModelCall(module, args, kwargs, autocast, random)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if module in self.masks.holders or not torch.compiler.is_compiling():  # a block's would cut its graph in two

@@ -6,7 +6,7 @@ of modules and their training flags (``snapshot.py``), parameters that it change
 
 import random
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from grape_hf.core import nested
 from grape_hf.core.snapshot import Snapshot
 
 # Batch norms keep their batch statistics in an estimate: the Jacobian wanted is the one of the training step, and
@@ -55,7 +56,7 @@ def isolated(
     trace, watch = Trace(), _Parameters(model, saved)
     state = Snapshot(model)
     with ExitStack() as stack:
-        stack.enter_context(_random_states(model))
+        stack.enter_context(_same_randomness(model))
         if "torch._dynamo" in sys.modules:
             # Inductor drops tangents without a word (pytorch#187284, fixes #187311 and #189644 pending), and a
             # compiled block would be compiled once more for each mode.
@@ -175,14 +176,44 @@ def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module(*args, **kwargs)
 
 
-@contextmanager
-def _random_states(model: nn.Module) -> Iterator[None]:
+def random_states(model: nn.Module) -> Callable[[], None]:
+    """Return what sets the random generators (torch's on the CPU and the model's devices, python's, numpy's) back."""
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  the global one is meant
-    device_type = next((d.type for d in devices), "cuda")
-    with torch.random.fork_rng(devices=[d.index or 0 for d in devices], device_type=device_type):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+    states = [(torch.get_device_module(d), d, torch.get_device_module(d).get_rng_state(d)) for d in devices]
+    of_cpu, python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  the global
+
+    def restore() -> None:
+        torch.set_rng_state(of_cpu)
+        for module, device, state in states:
+            module.set_rng_state(state, device)
+        random.setstate(python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+
+    return restore
+
+
+def undoing(model: nn.Module, inputs: Any) -> Callable[[], None]:
+    """Return what undoes a step that ends before its backward.
+
+    What it puts back: random generators, plain attributes and buffers of ``model``, tensors in ``inputs``.
+    """
+    state, restore = Snapshot(model), random_states(model)
+    tensors = [*model.buffers(), *(tensor for _, tensor in nested.tensors(inputs))]
+    copies = [(t, t.detach().clone()) for t in tensors if not (t.is_meta or t.is_nested)]
+
+    def undo() -> None:
+        state.restore()
+        for tensor, copy in copies:
+            tensor.data.copy_(copy)
+        restore()
+
+    return undo
+
+
+@contextmanager
+def _same_randomness(model: nn.Module) -> Iterator[None]:
+    restore = random_states(model)
+    try:
+        yield
+    finally:
+        restore()

@@ -22,6 +22,11 @@ from grape_hf.engine.look import Watcher
 
 logger = logging.getLogger(__name__)
 
+FROZEN_AT_FIRST = (
+    "Where the first steps run the blocks under `no_grad`, freeze these in place of it (`requires_grad_(False)`, in a "
+    "callback's `on_step_begin`)."
+)
+
 
 class BatchNotFirstError(RuntimeError):
     """Blocks and head have the batch in different dimensions."""
@@ -211,9 +216,9 @@ class Look(Watcher):
             raise RuntimeError(
                 "no forward with gradients ran through the blocks inside `compute_loss`. A loss that runs the model "
                 "without gradients first, and with them in the backward (a cached loss), cannot be trained by direct "
-                'feedback: compute it at once, or use method="bp". If the model does not call these blocks '
-                f"({total} of them, the first a {self._kind(0)}), or calls their `forward` itself, which no hook sees, "
-                "name others with the option `blocks`."
+                f'feedback: compute it at once, or use method="bp". {FROZEN_AT_FIRST} If the model does not '
+                f"call these blocks ({total} of them, the first a {self._kind(0)}), or calls their `forward` itself, which "
+                "no hook sees, name others with the option `blocks`."
             )
         if self.order != list(range(total)):
             if self.error is not None:

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grape_hf.core.arguments import copied
 from grape_hf.core.calls import ModelCall, NoCallError
+from grape_hf.core.isolation import undoing
 from grape_hf.core.modes import Forward
 from grape_hf.engine.first_error import FirstError
+from grape_hf.engine.probe import FROZEN_AT_FIRST
 from grape_hf.engine.run import GrapeRun
 from grape_hf.engine.samples import Sampler
 from grape_hf.engine.step import MicroBatch
@@ -39,19 +42,30 @@ class StarEngine:
         """Take the stock step in a star, or at a calibration step in a chain; see ``Engine``."""
 
         def step() -> Tensor:
-            with self.micro_batch(batch.step, batch.loss if self._blocks_alone else None, batch.inputs):
+            with self.micro_batch(batch.step, self._loss_again(batch), batch.inputs):
                 return stock()
 
+        undo = None if self.run.started or self._blocks_alone else undoing(self.run.model, batch.inputs)
         try:
             loss = step()
-        except NoCallError:  # at the first step, before anything was computed
+        except NoCallError:  # at the first step, in its first block
+            assert undo is not None
             self._blocks_alone = True
+            undo()
             loss = step()
         labels = batch.inputs.get("labels") if isinstance(batch.inputs, Mapping) else None
         self.look_again(batch.places, labels, batch.inputs)
         if batch.last:
             self.run.finish_step(batch.rate, batch.decay)
         return loss
+
+    def _loss_again(self, batch: MicroBatch) -> Callable[[], object] | None:
+        """What computes the loss on the batch as it is now, if the loss calls the blocks one by one."""
+        if not self._blocks_alone:
+            return None
+        inputs, loss = copied(batch.inputs), batch.loss
+        assert loss is not None
+        return lambda: loss(copied(inputs))
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -72,7 +86,7 @@ class StarEngine:
         """
         run, calls = self.run, self.run.calls
         calls.remember_randomness = bool(run.options.alignment_steps)
-        calls.made = []
+        calls.made, calls.repeated = [], not run.started
         calls.masks.note_batch(batch)
         calls.loss = None if loss is None else calls.call(loss, (), {})
         with ExitStack() as stack:
@@ -84,6 +98,7 @@ class StarEngine:
                         run.start(call, self.steps_per_epoch)
                     self._tell(run)
                 run.begin_step(step)
+                calls.repeated = run.estimating or run.measuring
                 self._forwards = stack.enter_context(run.step())
 
             if run.started:
@@ -107,7 +122,7 @@ class StarEngine:
                 f"no forward with gradients through the blocks ({run.block_names[0]}, ...) took place inside "
                 "`compute_loss`. A loss that runs the model without gradients first, and with them in the backward (a "
                 "cached loss), cannot be trained by direct feedback: compute it at once, or use "
-                'method="bp".'
+                f'method="bp". {FROZEN_AT_FIRST}'
             )
 
     def look_again(self, places: Sequence[int], labels: Any = None, batch: Any = None) -> None:

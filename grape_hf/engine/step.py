@@ -26,7 +26,7 @@ class MicroBatch:
             backpropagated is the mean over samples, divided by it.
         last: whether the optimiser acts on the gradients after it.
         inputs: what the Trainer was handed.
-        loss: computes the loss again, as the Trainer does.
+        loss: computes the loss of such inputs again, as the Trainer does.
         rate: learning rate of the weights.
         decay: weight decay of the weights.
     """
@@ -36,7 +36,7 @@ class MicroBatch:
     parts: int = 1
     last: bool = True
     inputs: Any = None
-    loss: Callable[[], Tensor] | None = None
+    loss: Callable[[Any], Tensor] | None = None
     rate: float = 0.0
     decay: float = 0.0
 
