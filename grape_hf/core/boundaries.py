@@ -39,6 +39,7 @@ from grape_hf.core import nested
 from grape_hf.core.block_hooks import BlockHook, ReaderHook
 from grape_hf.core.blocks import ends
 from grape_hf.core.broadcast import NO_REFINEMENT, BroadcastMode, Keep, Refinement
+from grape_hf.core.hooks import Hook
 from grape_hf.core.layout import AUTO, Layout, Pairing
 from grape_hf.core.modes import Forward, Mode, OutputReached, PerturbMode, RecordMode
 from grape_hf.core.star import Matrix
@@ -174,20 +175,19 @@ class Boundaries:
             for of_block in hooks:
                 first, last = ends(of_block.block)
                 if first is not last:
-                    handles.append(first.register_forward_pre_hook(of_block.at_input, with_kwargs=True))
+                    handles.append(first.register_forward_pre_hook(Hook(of_block.at_input), with_kwargs=True))
                 # Ahead of others, which then see what the next module does; a cut comes behind them.
                 ahead = not of_block.cuts
-                handles.append(last.register_forward_hook(of_block.at_output, with_kwargs=True, prepend=ahead))
+                hook = Hook(of_block.at_output)
+                handles.append(last.register_forward_hook(hook, with_kwargs=True, prepend=ahead))
             for reader in dict.fromkeys(module for readers in self.readers for module in readers):
                 # Behind others, which then see h_l with its graph; but ahead of FSDP2's, and where h_l is known by
                 # being the same for all readers.
                 ahead = self.whole or any(reader in self.readers[index] for index in self.pooled)
-                hook = ReaderHook(self, reader, hooks)
-                handles.append(
-                    ends(reader)[0].register_forward_pre_hook(hook.at_input, with_kwargs=True, prepend=ahead)
-                )
+                hook = Hook(ReaderHook(self, reader, hooks).at_input)
+                handles.append(ends(reader)[0].register_forward_pre_hook(hook, with_kwargs=True, prepend=ahead))
             if not self.hidden:
-                handles.append(self.output.register_forward_hook(self._head_hook, prepend=True))
+                handles.append(self.output.register_forward_hook(Hook(self._head_hook), prepend=True))
             yield
         finally:
             for handle in handles:
