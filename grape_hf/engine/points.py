@@ -14,6 +14,7 @@ from torch import nn
 from grape_hf.core.blocks import find_blocks, find_encoder, find_head
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError
 from grape_hf.core.calls import Calls
+from grape_hf.core.isolation import is_compiled
 from grape_hf.core.layout import Layout
 from grape_hf.core.shortcut import shortcuts_of
 from grape_hf.engine.probe import BatchNotFirstError, Probe, look
@@ -161,7 +162,8 @@ def options_for(model: nn.Module, args: Any) -> GrapeArgumentsMixin:
 
 def _graphs_can_be_used(model: nn.Module, args: Any) -> bool:
     """Whether a block's graph is there to be looked into before its backward, as paths and sweeps need it."""
-    compiled, stages = getattr(args, "torch_compile", False), getattr(args, "pipeline_stages", 1)
+    compiled = getattr(args, "torch_compile", False) or is_compiled(model)
+    stages = getattr(args, "pipeline_stages", 1)
     sharded = is_sharded(model) or getattr(args, "fsdp", None) or parse_flag_from_env("ACCELERATE_USE_FSDP")
     return not (compiled or stages > 1 or sharded)
 
