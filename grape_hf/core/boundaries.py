@@ -73,7 +73,7 @@ class Boundaries:
     Attributes:
         copied: boundaries whose h_l the next block changes in place, which therefore gets a copy (``probe``).
         around: whether later blocks than the next, or y, read what a block has made, too (``probe``).
-        sizes: n_l of each h_l, which every forward that counts must have; any by default.
+        sizes: n_l of each h_l, and n_y, which every forward that counts must have; any by default.
         read_at: where the loss reads y if that is one position alone; None if it is not.
         read: the same for the samples of the next estimate, ``(batch, positions)``, by the error that a step has found.
         places: where a block finds h_l among its arguments, by boundary; the first floating-point tensor by default.
@@ -127,9 +127,15 @@ class Boundaries:
         return None if self.calls is None or torch.compiler.is_compiling() else self.calls.current or self.calls.loss
 
     def check_size(self, index: int, h: Tensor) -> None:
-        """Raise ValueError if h_l has another size than its B_l was made for."""
+        """Raise ValueError if h_l has another size than its B_l was made for, or y than all of them were."""
         if self.sizes is None or (found := self.layout.width(h.shape)) == self.sizes[index]:
             return
+        if index == len(self.blocks) - 1:
+            raise ValueError(
+                f"expected y, the output of the {type(self.output).__name__} that the error is measured at, as vectors "
+                f"of {self.sizes[index]:,} numbers as at the first step, got {tuple(h.shape)}, which is {found:,} "
+                "each. Resize it before train(), or call train() again, which makes feedback for what is there."
+            )
         raise ValueError(
             f"feedback_sharing={self.layout.sharing!r} makes B_{index + 1} for samples of one size: expected "
             f"h_{index + 1}, the output of block {index + 1}, as vectors of {self.sizes[index]:,} numbers as at the "

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from grape_hf.core.blocks import find_blocks, find_encoder, find_head
+from grape_hf.core.blocks import ends, find_blocks, find_encoder, find_head
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError
 from grape_hf.core.calls import Calls
 from grape_hf.core.isolation import is_compiled
@@ -106,6 +106,17 @@ class FeedbackPoints:
         assert logits is not None
         hidden = seen.at(at_hidden, numbers=not whole)
         return ("hidden", at_hidden, hidden) if hidden.n_y <= logits.n_y else ("logits", at_head, logits)
+
+    def check(self, boundaries: Boundaries) -> None:
+        """Raise RuntimeError if a block, or the module whose output is y, is no part of the model any more."""
+        there = set(self.model.modules())
+        for module in (*(part for block in self.chain for part in ends(block)), boundaries.output):
+            if module not in there:
+                raise RuntimeError(
+                    f"a {type(module).__name__} was taken out of the model after the first step, and the errors are "
+                    "measured or used at its output: expected the blocks and the head to stay the same modules. "
+                    "Replace them before train(), or call train() again, which makes feedback for what is there."
+                )
 
     def _refuse_beside(self, beside: list[str]) -> None:
         """Refuse an error measured at a head beside which others read the last block's output."""
