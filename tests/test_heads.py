@@ -1,15 +1,17 @@
 """Several heads on one trunk: the error of every one of them reaches every block, or is refused."""
 
+import copy
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import LEARNED, arguments, logged
+from helpers import LEARNED, OnEvent, arguments, logged
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -91,6 +93,53 @@ def test_tasks_that_alternate_by_batch(tmp_path):
     auto, trainer = moved(tmp_path, data, max_steps=4, method="dfa")
     assert trainer.feedback[0].shape == (8, 8)
     assert torch.equal(auto, moved(tmp_path, data, max_steps=4, method="dfa", feedback_space="hidden")[0])
+
+
+def late(act: Any) -> OnEvent:
+    def at_the_third_step(state: Any, model: nn.Module, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            act(model)
+
+    return OnEvent("step_begin", at_the_third_step)
+
+
+def more_classes(model: nn.Module) -> None:
+    model.classifier = nn.Linear(32, 5)
+
+
+def another_block(model: nn.Module) -> None:
+    model.bert.encoder.layer[1] = copy.deepcopy(model.bert.encoder.layer[1])
+
+
+def wider(model: nn.Module) -> None:
+    grown = nn.Linear(32, 5)
+    model.classifier.weight, model.classifier.bias = grown.weight, grown.bias
+
+
+@pytest.mark.parametrize("options", [{}, {"calibration_strategy": "steps", "calibration_interval": 1}])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (more_classes, "a Linear was taken out of the model after the first step"),
+        (another_block, "a BertLayer was taken out of the model after the first step"),
+        (wider, r"output of the Linear .* vectors of 2 numbers as at the first step, got \(4, 5\)"),
+    ],
+)
+def test_a_head_or_a_block_that_is_replaced_in_a_run_is_refused(change, says, options, tmp_path):
+    """Its hooks stay on the old one: the blocks would get no error, without a word. A second run takes it as it is."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, vocab_size=16)
+    model = BertForSequenceClassification(BertConfig(**sizes))
+    data = [{"input_ids": torch.randint(0, 16, (8,)), "labels": torch.tensor(i % 2)} for i in range(16)]
+    args = arguments(tmp_path, max_steps=4, feedback_space="logits", **LEARNED | options)
+    change_late = late(change)
+    trainer = GrapeTrainer(model, args, train_dataset=data, callbacks=[change_late])
+    with pytest.raises((RuntimeError, ValueError), match=says):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    trainer.remove_callback(change_late)
+    model.num_labels = model.config.num_labels = model.classifier.out_features = len(model.classifier.weight)
+    trainer.train()
 
 
 def test_a_head_that_is_named_and_left_out_late_is_said_and_kills_nothing(tmp_path, caplog):

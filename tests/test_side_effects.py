@@ -1,5 +1,7 @@
 """Forwards on the side change nothing: after a step all that a forward may change is as after the stock step."""
 
+import copy
+import io
 import random
 from collections import deque
 from dataclasses import dataclass, field
@@ -253,3 +255,56 @@ def test_every_forward_sees_the_arguments_as_they_were(way, tmp_path):
     assert len(after[0][0]) == 2  # a step sees one batch
     assert after[0][0] == after[1][0] == after[2][0]
     torch.testing.assert_close(after[1][1], after[0][1])
+
+
+class Copied(nn.Module):
+    """A chain of blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = encoder(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
+class Copies(GrapeTrainer):
+    """Copies the model before and after its forward, and keeps each copy with its gradient."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        before = copy.deepcopy(model)
+        output = model(inputs["x"])
+        after = copy.deepcopy(model)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        x = inputs["x"]
+        self.copies = [(m, x, self.gradient(m, x)) for m in (before, after, loaded)]
+        return F.mse_loss(output, after(x).detach()) + output.square().mean()
+
+    @staticmethod
+    def gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [LEARNED, dict(feedback_rule="local"), dict(feedback_sweeps=1), dict(method="forward_gradient")],
+    ids=["estimates", "maps", "sweeps", "forward gradient"],
+)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_copy_made_in_the_loss_is_an_ordinary_model(steps, options, tmp_path):
+    """A teacher, a moving average, an inner step of meta-learning: it backpropagates, in the step and after it."""
+    torch.manual_seed(0)
+    data = [{"x": torch.randn(4)} for _ in range(12)]
+    args = arguments(tmp_path, max_steps=steps, learning_rate=0.1, remove_unused_columns=False, **options)
+    trainer = Copies(Copied(), args, train_dataset=data)
+    trainer.train()
+    for made, x, at_the_time in trainer.copies:
+        fresh = Copied()
+        fresh.load_state_dict(made.state_dict())
+        for then, now, wanted in zip(at_the_time, trainer.gradient(made, x), trainer.gradient(fresh, x), strict=True):
+            assert wanted.any()
+            assert torch.equal(then, wanted)
+            assert torch.equal(now, wanted)

@@ -426,6 +426,48 @@ def test_inductor(tmp_path):
     assert differ(weights(train(PLAIN, tmp_path, Trainer, **GENTLE)), weights(compiled))
 
 
+class Counting(PlainLanguageModel):
+    """Takes what the Trainer hands on to a model whose signature it cannot read."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, num_items_in_batch: Any = None) -> Any:
+        return super().forward(input_ids, labels)
+
+
+class Wrapped(nn.Module):
+    """Compiles the model that it holds."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = torch.compile(model, backend="aot_eager")
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        return self.model(input_ids, labels)
+
+
+COMPILED = {
+    "whole": lambda model: torch.compile(model, backend="aot_eager"),
+    "in a wrapper": Wrapped,
+    "in place": lambda model: model.compile(backend="aot_eager") or model,
+}
+
+
+@compiling
+@pytest.mark.parametrize("way", COMPILED)
+def test_a_model_that_was_compiled_before(way, tmp_path):
+    """It trains as with ``torch_compile``, and what is refused there is refused here."""
+    eager = train(PLAIN, tmp_path, **GENTLE, **MODES)
+    problem = dataclasses.replace(PLAIN, build=lambda: COMPILED[way](Counting()))
+    options = {"remove_unused_columns": False} | GENTLE | MODES
+    compiled = train(problem, tmp_path, **options)
+    got, wanted = (list(weights(trainer).values()) for trainer in (compiled, eager))
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, **NEARLY)
+    with pytest.raises(ValueError, match="torch.compile with feedback_sweeps or feedback_path='shortcut'"):
+        make_trainer(problem, tmp_path, **options, feedback_sweeps=1)
+    with pytest.raises(ValueError, match="does not go with a model that was compiled"):
+        make_trainer(problem, tmp_path, method="fa")
+
+
 @compiling
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_blocks_teach_their_maps(backend, tmp_path):

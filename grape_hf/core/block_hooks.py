@@ -33,8 +33,7 @@ class BlockHook:
         mode = self.boundaries._mode
         if mode is None:
             return None
-        path = self.boundaries.parts.get(self.index)
-        path = nested.first_floating(output) if path is None else path
+        path = nested.find(output, self.boundaries.parts.get(self.index))
         h = None if path is None else nested.get(output, path)
         if not isinstance(h, Tensor):
             raise TypeError(
@@ -75,7 +74,9 @@ class ReaderHook:
             return None
         inputs: Any = (args, kwargs)
         for index in self.indices:
-            path = self.boundaries.places.get(index) or nested.first_floating(inputs)
+            path = self.boundaries.places.get(index)
+            if path is None or index not in self.boundaries.pooled:  # a decoder may go without its encoder's output
+                path = nested.find(inputs, path)
             h = None if path is None else nested.get(inputs, path)
             if not isinstance(h, Tensor):
                 continue

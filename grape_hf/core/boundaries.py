@@ -39,6 +39,7 @@ from grape_hf.core import nested
 from grape_hf.core.block_hooks import BlockHook, ReaderHook
 from grape_hf.core.blocks import ends
 from grape_hf.core.broadcast import NO_REFINEMENT, BroadcastMode, Keep, Refinement
+from grape_hf.core.hooks import Hook
 from grape_hf.core.layout import AUTO, Layout, Pairing
 from grape_hf.core.modes import Forward, Mode, OutputReached, PerturbMode, RecordMode
 from grape_hf.core.star import Matrix
@@ -72,7 +73,7 @@ class Boundaries:
     Attributes:
         copied: boundaries whose h_l the next block changes in place, which therefore gets a copy (``probe``).
         around: whether later blocks than the next, or y, read what a block has made, too (``probe``).
-        sizes: n_l of each h_l, which every forward that counts must have; any by default.
+        sizes: n_l of each h_l, and n_y, which every forward that counts must have; any by default.
         read_at: where the loss reads y if that is one position alone; None if it is not.
         read: the same for the samples of the next estimate, ``(batch, positions)``, by the error that a step has found.
         last_checked: whether it was seen in a step that all of h_L's gradient comes by way of y, the output of a head.
@@ -128,9 +129,15 @@ class Boundaries:
         return None if self.calls is None or torch.compiler.is_compiling() else self.calls.current or self.calls.loss
 
     def check_size(self, index: int, h: Tensor) -> None:
-        """Raise ValueError if h_l has another size than its B_l was made for."""
+        """Raise ValueError if h_l has another size than its B_l was made for, or y than all of them were."""
         if self.sizes is None or (found := self.layout.width(h.shape)) == self.sizes[index]:
             return
+        if index == len(self.blocks) - 1:
+            raise ValueError(
+                f"expected y, the output of the {type(self.output).__name__} that the error is measured at, as vectors "
+                f"of {self.sizes[index]:,} numbers as at the first step, got {tuple(h.shape)}, which is {found:,} "
+                "each. Resize it before train(), or call train() again, which makes feedback for what is there."
+            )
         raise ValueError(
             f"feedback_sharing={self.layout.sharing!r} makes B_{index + 1} for samples of one size: expected "
             f"h_{index + 1}, the output of block {index + 1}, as vectors of {self.sizes[index]:,} numbers as at the "
@@ -176,20 +183,19 @@ class Boundaries:
             for of_block in hooks:
                 first, last = ends(of_block.block)
                 if first is not last:
-                    handles.append(first.register_forward_pre_hook(of_block.at_input, with_kwargs=True))
+                    handles.append(first.register_forward_pre_hook(Hook(of_block.at_input), with_kwargs=True))
                 # Ahead of others, which then see what the next module does; a cut comes behind them.
                 ahead = not of_block.cuts
-                handles.append(last.register_forward_hook(of_block.at_output, with_kwargs=True, prepend=ahead))
+                hook = Hook(of_block.at_output)
+                handles.append(last.register_forward_hook(hook, with_kwargs=True, prepend=ahead))
             for reader in dict.fromkeys(module for readers in self.readers for module in readers):
                 # Behind others, which then see h_l with its graph; but ahead of FSDP2's, and where h_l is known by
                 # being the same for all readers.
                 ahead = self.whole or any(reader in self.readers[index] for index in self.pooled)
-                hook = ReaderHook(self, reader, hooks)
-                handles.append(
-                    ends(reader)[0].register_forward_pre_hook(hook.at_input, with_kwargs=True, prepend=ahead)
-                )
+                hook = Hook(ReaderHook(self, reader, hooks).at_input)
+                handles.append(ends(reader)[0].register_forward_pre_hook(hook, with_kwargs=True, prepend=ahead))
             if not self.hidden:
-                handles.append(self.output.register_forward_hook(self._head_hook, prepend=True))
+                handles.append(self.output.register_forward_hook(Hook(self._head_hook), prepend=True))
             yield
         finally:
             for handle in handles:

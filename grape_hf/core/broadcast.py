@@ -169,6 +169,8 @@ class BroadcastMode(FollowingMode):
         if mode is self and site < len(self.boundaries.blocks):
             check_gradient(site, y, self.boundaries.blocks[site])
         if mode.token is not None:
+            if mode is self:
+                self.boundaries.check_size(len(self.boundaries), y)
             mode.star.site = site
             mode.star.y = y if mode.star.arms or mode.star.last is not None else None
             kept = self.forwards[-1].errors if mode is self and self.keep != "nothing" else None

@@ -18,6 +18,7 @@ from grape_hf.core import nested
 from grape_hf.core.arguments import copied
 from grape_hf.core.blocks import ends
 from grape_hf.core.isolation import random_states
+from grape_hf.core.hooks import Hook
 from grape_hf.core.modes import in_backward
 from grape_hf.core.padding import Masks
 
@@ -133,9 +134,9 @@ class Calls:
         handles: list[RemovableHandle] = []
         try:
             for module in self.masks.modules:
-                handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
+                handles.append(module.register_forward_pre_hook(Hook(self._before), with_kwargs=True, prepend=True))
             for module in self.masks.holders:
-                handles.append(module.register_forward_hook(self._after, always_call=True))
+                handles.append(module.register_forward_hook(Hook(self._after), always_call=True))
             yield
         finally:
             self.forget()

@@ -156,6 +156,11 @@ def forget_compiled_code() -> None:
         torch.compiler.reset()
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether torch.compile has been called on the model, or on a module in it."""
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+
+
 @contextmanager
 def _without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Have torch's checkpoint wrappers (FSDP's activation checkpointing) just run their module; they know no eval mode.

@@ -199,6 +199,7 @@ class RecordMode(FollowingMode):
             return y
         errors: dict[int, Tensor] = {}
         if mode is self:
+            self.boundaries.check_size(len(self.boundaries), y)
             forward = self.forwards[-1]
             forward.site, errors = site, forward.errors
             self._ended = site >= len(self.boundaries)

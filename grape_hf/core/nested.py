@@ -30,9 +30,16 @@ def first_floating(value: Any) -> Path | None:
     return next((path for path, tensor in tensors(value) if tensor.is_floating_point()), None)
 
 
+def find(value: Any, path: Path | None) -> Path | None:
+    """Return ``path`` if a tensor lies there, else where the first tensor of floating-point numbers does."""
+    return path if path is not None and isinstance(get(value, path), Tensor) else first_floating(value)
+
+
 def get(value: Any, path: Path) -> Any:
-    """Return what lies at ``path``, None if there is nothing."""
+    """Return what lies at ``path``, None if there is nothing: a path ends at a tensor."""
     for key in path:
+        if isinstance(value, Tensor):
+            return None
         try:
             value = getattr(value, key) if _is_record(value) else value[key]
         except (AttributeError, IndexError, KeyError, TypeError):

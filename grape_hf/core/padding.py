@@ -49,7 +49,9 @@ class Masks:
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], encoder: int = 0) -> None:
         parts = [ends(block)[0] for block in blocks]
-        inside = {module: set(module.modules()) for module in model.modules() if not is_container(module)}
+        # What torch.compile wraps around a module is called like it; the compiler cannot trace a list with both.
+        called = (m for m in model.modules() if not is_container(m) and "_orig_mod" not in m._modules)
+        inside = {module: set(module.modules()) for module in called}
         self.holders = [module for module, found in inside.items() if all(part in found for part in parts)]
         self.modules: dict[nn.Module, _Watched] = {}
         self._around: dict[nn.Module, list[_Watched]] = {}  # by block, innermost first

@@ -12,6 +12,7 @@ from grape_hf.core import nested
 from grape_hf.core.blocks import ends
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.graph import Mark, in_backward, marks_of, parameters_of
+from grape_hf.core.hooks import Hook
 
 
 class Watcher:
@@ -62,16 +63,14 @@ class Watcher:
         boundaries = self.boundaries
         try:
             for index, block in enumerate(boundaries.blocks):
-                hook = self._block_hook(index)
+                hook = Hook(self._block_hook(index))
                 handles.append(ends(block)[1].register_forward_hook(hook, prepend=bool(_readers(boundaries, index))))
             for index, readers in enumerate(boundaries.readers):
                 for reader in readers:
-                    module = ends(reader)[0]
-                    handles.append(
-                        module.register_forward_pre_hook(self._reader_hook(index), with_kwargs=True, prepend=True)
-                    )
+                    hook = Hook(self._reader_hook(index))
+                    handles.append(ends(reader)[0].register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
             if not boundaries.hidden:
-                handles.append(boundaries.output.register_forward_hook(self._head_hook, prepend=True))
+                handles.append(boundaries.output.register_forward_hook(Hook(self._head_hook), prepend=True))
             yield
         finally:
             for handle in handles:

@@ -13,6 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import is_sagemaker_mp_enabled
 
+from grape_hf.core.isolation import is_compiled
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -54,11 +56,12 @@ def _refused(trainer: "Trainer", options: "GrapeArgumentsMixin") -> Iterator[tup
             "its engine runs the backward and its own hooks have no forward-mode derivative",
             _DDP_OR_FSDP2,
         )
-    if (options.feedback_sweeps or options.feedback_path == "shortcut") and args.torch_compile:
+    compiled = "torch_compile" if args.torch_compile else "torch.compile" if is_compiled(model) else ""
+    if (options.feedback_sweeps or options.feedback_path == "shortcut") and compiled:
         yield (
-            "torch_compile with feedback_sweeps or feedback_path='shortcut'",
+            f"{compiled} with feedback_sweeps or feedback_path='shortcut'",
             "they look into the graph of each block, which compiled code does not show",
-            "feedback_sweeps=0 and feedback_path='matrix', or no torch_compile",
+            f"feedback_sweeps=0 and feedback_path='matrix', or no {compiled}",
         )
     if trainer.is_fsdp_enabled:
         yield from _refused_of_fsdp(trainer, options)

@@ -11,9 +11,10 @@ from typing import Any
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from grape_hf.core.blocks import find_blocks, find_encoder, find_head
+from grape_hf.core.blocks import ends, find_blocks, find_encoder, find_head
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError
 from grape_hf.core.calls import Calls
+from grape_hf.core.isolation import is_compiled
 from grape_hf.core.layout import Layout
 from grape_hf.core.shortcut import shortcuts_of
 from grape_hf.engine.probe import BatchNotFirstError, Probe, look
@@ -106,6 +107,17 @@ class FeedbackPoints:
         hidden = seen.at(at_hidden, numbers=not whole)
         return ("hidden", at_hidden, hidden) if hidden.n_y <= logits.n_y else ("logits", at_head, logits)
 
+    def check(self, boundaries: Boundaries) -> None:
+        """Raise RuntimeError if a block, or the module whose output is y, is no part of the model any more."""
+        there = set(self.model.modules())
+        for module in (*(part for block in self.chain for part in ends(block)), boundaries.output):
+            if module not in there:
+                raise RuntimeError(
+                    f"a {type(module).__name__} was taken out of the model after the first step, and the errors are "
+                    "measured or used at its output: expected the blocks and the head to stay the same modules. "
+                    "Replace them before train(), or call train() again, which makes feedback for what is there."
+                )
+
     def _refuse_beside(self, beside: list[str]) -> None:
         """Refuse an error measured at a head beside which others read the last block's output."""
         certain = [what for what in beside if what == "the loss"]
@@ -161,7 +173,8 @@ def options_for(model: nn.Module, args: Any) -> GrapeArgumentsMixin:
 
 def _graphs_can_be_used(model: nn.Module, args: Any) -> bool:
     """Whether a block's graph is there to be looked into before its backward, as paths and sweeps need it."""
-    compiled, stages = getattr(args, "torch_compile", False), getattr(args, "pipeline_stages", 1)
+    compiled = getattr(args, "torch_compile", False) or is_compiled(model)
+    stages = getattr(args, "pipeline_stages", 1)
     sharded = is_sharded(model) or getattr(args, "fsdp", None) or parse_flag_from_env("ACCELERATE_USE_FSDP")
     return not (compiled or stages > 1 or sharded)
 

@@ -6,6 +6,7 @@ Which devices and processes go with direct feedback is ``parallelism.py``'s busi
 
 from typing import TYPE_CHECKING
 
+from grape_hf.core.isolation import is_compiled
 from grape_hf.engine.parallelism import refuse_parallelism
 from grape_hf.training_args import BASELINES, GrapeArgumentsMixin
 
@@ -48,6 +49,7 @@ def _refuse_with_baseline(trainer: "Trainer", method: str) -> None:
     refused = {
         "several processes": trainer.accelerator.num_processes > 1,
         "torch_compile": trainer.args.torch_compile,
+        "a model that was compiled": is_compiled(trainer.model),
         "activation checkpointing": checkpointing,
         "bf16, whose resolution the difference of two passes needs": method == "pepita" and trainer.args.bf16,
     }

@@ -109,7 +109,7 @@ class GrapeRun:
         self.aside.begin(shapes.changed)
         self.boundaries.read_at = self.first_error.as_first_rank(self.boundaries.read_at, self._device)
         starts.refuse_size(self.boundaries, shapes)
-        self.boundaries.sizes = [h.shape[-1] for h in shapes.h]
+        self.boundaries.sizes = [*(h.shape[-1] for h in shapes.h), shapes.n_y]
         # Each rank has looked at samples of its own.
         some = forward
         if isinstance(forward, ModelCall) and (number := forward.samples) is not None:
@@ -117,9 +117,8 @@ class GrapeRun:
         self.maps = starts.initial_maps(self.boundaries, shapes, self.seed) if starts.by_block else None
         B = [] if self.maps else starts.initial_feedback(space, self.boundaries, shapes, some, self.seed)
         self.aside.reshard()
-        finite = FiniteGuard(options.max_skipped_refinements)
         normalize = bool(options.feedback_normalize) and options.method in ESTIMATING
-        rate = options.feedback_lr or 0.0
+        rate, finite = options.feedback_lr or 0.0, FiniteGuard(options.max_skipped_refinements)
         self.feedback = Feedback(B, options.feedback_rule or "lms", rate, normalize, finite, self.maps)
         self.feedback.put(self.ranks.first(self.feedback.learned))
         self.drift = DriftGuard(
@@ -141,6 +140,7 @@ class GrapeRun:
         """Say which optimiser step the coming micro-batch belongs to; decides what kind of step it is, once."""
         if step == self.current_step:
             return
+        self._points.check(self.boundaries)
         self.current_step, self.calibrating = step, self.schedule.due(step) and not self.drift.everywhere
         if self.restartable:
             self.began_with = state.state_of(self)

@@ -38,6 +38,7 @@ from torch.overrides import TorchFunctionMode
 
 from grape_hf.core.blocks import find_blocks
 from grape_hf.core.boundaries import Boundaries
+from grape_hf.core.hooks import Hook
 from grape_hf.core.isolation import isolated
 from grape_hf.core.jacobian import Noise
 from grape_hf.core.modes import Mode
@@ -108,7 +109,7 @@ class ForwardGradient:
             star.u[index] = layout.restore(noise.vectors(index, layout.vectors(h)), h.shape)
             return star.u[index]
 
-        handle = self.model.register_forward_pre_hook(look_ahead, with_kwargs=True)
+        handle = self.model.register_forward_pre_hook(Hook(look_ahead), with_kwargs=True)
         try:
             with boundaries.attached(), boundaries._in_mode(star):
                 yield

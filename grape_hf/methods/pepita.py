@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from grape_hf.core.hooks import Hook
 from grape_hf.engine.step import MicroBatch
 from grape_hf.methods.base import layer_call, seeded
 from grape_hf.training_args import GrapeArgumentsMixin
@@ -84,7 +85,7 @@ class Pepita:
                 calls.append((args, kwargs))
                 states.append(self._random_states())
 
-        handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
+        handle = self.model.register_forward_pre_hook(Hook(note), with_kwargs=True)
         try:
             with _Pass(self.layers) as standard:
                 yield

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from grape_hf.core.blocks import find_encoder
+from grape_hf.core.isolation import is_compiled
 from grape_hf.training_args import GrapeArgumentsMixin
 
 if TYPE_CHECKING:
@@ -159,6 +160,8 @@ def refused_model(model: nn.Module) -> Iterator[Refusal]:
         )
     if hasattr(model, "peft_config"):
         yield f"adapters ({kind})", "peft would save those of one stage alone", "it without stages"
+    if is_compiled(model):
+        yield f"a compiled model ({kind})", "each stage runs a part of the forward", "it uncompiled"
     if getattr(model, "is_quantized", False):
         yield f"a quantised model ({kind})", "it has not been tried", "it unquantised"
     if getattr(model, "hf_device_map", None):

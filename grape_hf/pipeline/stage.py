@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from grape_hf.core.broadcast import REENTRANT, check_gradient, refuse_recomputed
+from grape_hf.core.hooks import Hook
 from grape_hf.core.star import autocast_dtype
 from grape_hf.pipeline.feedback import StageFeedback
 from grape_hf.pipeline.look import Extent
@@ -64,7 +65,7 @@ class StageModule(nn.Module):
         self.exact: dict[tuple[int, int], Tensor] = {}
         self.dtype: torch.dtype | None = None
         for index in [*points, max(split.blocks)] if places.is_last else points:
-            split.blocks[index].register_forward_hook(self._behind(index))
+            split.blocks[index].register_forward_hook(Hook(self._behind(index)))
 
     def forward(self, received: Tensor | None = None) -> Tensor:
         """Run one micro-batch.

@@ -79,6 +79,43 @@ def test_calibration_of_every_kind_is_backpropagation(kind, tmp_path):
     assert_same(ours, weights(kind, Trainer, tmp_path))
 
 
+class Sometimes(Block):
+    """Returns something beside its hidden states, if that is wanted; takes what the block before returned."""
+
+    def forward(self, given: Any, wanted: bool) -> Any:
+        h = super().forward(given[0] if isinstance(given, tuple) else given)
+        return (h, h.mean()) if wanted else h
+
+
+class Changing(nn.Module):
+    """Blocks that return a tuple in some batches."""
+
+    def __init__(self, passed_on: bool) -> None:
+        super().__init__()
+        self.blocks, self.passed_on = nn.ModuleList(Sometimes(lambda h: h) for _ in range(4)), passed_on
+
+    def forward(self, x: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+        for block in self.blocks:
+            x = block(x, bool(wanted.any()))
+            x = x[0] if isinstance(x, tuple) and not self.passed_on else x
+        return {"loss": (x[0] if isinstance(x, tuple) else x).square().mean()}
+
+
+@pytest.mark.parametrize("options", [LEARNED, dict(feedback_rule="local"), dict(feedback_sweeps=9)])
+@pytest.mark.parametrize("passed_on", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_blocks_that_return_a_tuple_in_some_batches(first, passed_on, options, tmp_path):
+    def trained(wanted: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = Changing(passed_on)
+        data = [{"x": torch.randn(4), "wanted": torch.tensor(wanted(i))} for i in range(8)]
+        settings = dict(max_steps=4, per_device_train_batch_size=1, train_sampling_strategy="sequential")
+        GrapeTrainer(model, arguments(tmp_path, **settings, **options), train_dataset=data).train()
+        return dict(model.named_parameters())
+
+    assert_same(trained(lambda i: (i % 2 == 0) == first), trained(lambda i: False))
+
+
 class Own:
     def __init__(self, h: Tensor) -> None:
         self.h = h
@@ -105,4 +142,5 @@ def test_paths():
         assert get(value, path) is h  # what was given is as it was
     assert first_floating({"a": [1, torch.ones(2).long()]}) is None
     assert get({"a": 1}, ("b",)) is None
+    assert get(h, (0,)) is None
     assert [path for path, _ in tensors((h, {"a": h}))] == [(0,), (1, "a")]

@@ -59,6 +59,7 @@ GPT2 = stages.gpt2()
 # By what the message names: options, and the model where it is not GPT-2.
 REFUSED: dict[str, tuple[dict[str, Any], Any]] = {
     "torch_compile": ({"torch_compile": True}, GPT2),
+    "a compiled model": ({}, lambda: torch.compile(GPT2(), backend="eager")),
     "auto_find_batch_size": ({"auto_find_batch_size": True}, GPT2),
     "neftune_noise_alpha": ({"neftune_noise_alpha": 1.0}, GPT2),
     "bf16_full_eval": ({"bf16_full_eval": True}, GPT2),
