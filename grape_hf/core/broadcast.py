@@ -124,7 +124,7 @@ class BroadcastMode(FollowingMode):
             mode.token = Receive.apply(h, mode.token, self.B[index], mode.star, index, padding, still)
             cut = mode.cut(index, h, pairing)
         else:
-            if mode is self and self._last == index:
+            if mode is self and self._last == index and not self._handed_on:
                 check_gradient(index, h, block)
             cut = h.detach()
         return cut.clone() if copied else cut
@@ -151,7 +151,7 @@ class BroadcastMode(FollowingMode):
         if mode is None:
             return y
         assert isinstance(mode, BroadcastMode)
-        if mode is self and site < len(self.boundaries.blocks):
+        if mode is self and site < len(self.boundaries.blocks) and not self._handed_on:
             check_gradient(site, y, self.boundaries.blocks[site])
         if mode.token is not None:
             mode.star.site = site
@@ -182,5 +182,6 @@ def check_gradient(index: int, h: Tensor, block: nn.Module) -> None:
     if not h.requires_grad and any(p.requires_grad for p in block.parameters()):
         raise RuntimeError(
             f"the output of block {index + 1} ({type(block).__name__}) carries no gradient although the block has "
-            f"weights to train. {REENTRANT}"
+            f"weights to train. {REENTRANT} A block that does nothing at times (stochastic depth) has to return its "
+            "input itself, and no copy."
         )
