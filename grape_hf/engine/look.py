@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from grape_hf.core import nested
 from grape_hf.core.blocks import ends
 from grape_hf.core.boundaries import Boundaries
-from grape_hf.core.graph import Mark, in_backward, marks_of, parameters_of
+from grape_hf.core.graph import Mark, in_backward, is_mark, marks_of, parameters_of
 
 
 class Watcher:
@@ -111,11 +111,18 @@ class Watcher:
         return hook
 
     def _part(self, index: int, output: Any) -> nested.Path | None:
-        """Where the hidden states are: for all blocks where the first whose output is read has them."""
+        """Where the hidden states are: the first output that the block's own weights had a part in.
+
+        Where the first block whose output is read has them comes before others. Where no weights learn, or the block
+        does nothing this time, they are there, or come first.
+        """
+        places = [path for path, t in nested.tensors(output) if t.is_floating_point()]
         usual = next(iter(self.parts.values()), None)
-        if usual is not None and isinstance(nested.get(output, usual), Tensor):
-            return usual
-        return nested.first_floating(output)
+        if usual in places:
+            places = [usual, *places]
+        own = {id(p) for p in self.boundaries.blocks[index].parameters()}
+        made = (p for p in places if own & parameters_of([nested.get(output, p)], ends=is_mark))
+        return next(made, next(iter(places), None))
 
     def _reader_hook(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -106,3 +106,50 @@ def test_paths():
     assert first_floating({"a": [1, torch.ones(2).long()]}) is None
     assert get({"a": 1}, ("b",)) is None
     assert [path for path, _ in tensors((h, {"a": h}))] == [(0,), (1, "a")]
+
+
+class Timed(nn.Module):
+    """Hands on a time, or whatever else it is given, before its hidden states, or behind them."""
+
+    def __init__(self, t_first: bool) -> None:
+        super().__init__()
+        self.map, self.t_first = nn.Linear(4, 4), t_first
+
+    def forward(self, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = h + torch.tanh(self.map(h + t))
+        return (t, h) if self.t_first else (h, t)
+
+
+class TimedNet(nn.Module):
+    """Reads a learned time, or constants, in every block and in the loss."""
+
+    def __init__(self, learned: bool, t_first: bool) -> None:
+        super().__init__()
+        self.time, self.stem, self.learned, self.t_first = nn.Linear(4, 4), nn.Linear(4, 4), learned, t_first
+        self.blocks = nn.ModuleList(Timed(t_first) for _ in range(4))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        t, h = self.time(x) if self.learned else x.cos(), self.stem(x)
+        for block in self.blocks:
+            made = block(t, h)
+            t, h = made if self.t_first else made[::-1]
+        return {"loss": (h * (1 + t)).square().mean()}
+
+
+WEIGHTS = {"feedback_rule": "cosine", "perturbation_space": "weight", "jvp_steps": 1}
+
+
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "constant"])
+@pytest.mark.parametrize(
+    "options", [{"method": "dfa"}, {"feedback_sweeps": 1}, WEIGHTS], ids=["dfa", "sweep", "weights perturbed"]
+)
+def test_what_comes_before_the_hidden_states_is_not_taken_for_them(options, learned, tmp_path):
+    data, made = [{"x": torch.randn(4)} for _ in range(16)], []
+    for t_first in (True, False):
+        torch.manual_seed(0)
+        net = TimedNet(learned, t_first)
+        args = arguments(tmp_path, max_steps=5, label_names=[], feedback_space="hidden", **options)
+        trainer = GrapeTrainer(net, args, train_dataset=data)
+        trainer.train()
+        made.append(dict(net.named_parameters()) | {f"B_{i}": B for i, B in enumerate(trainer.feedback)})
+    assert_same(*made)
