@@ -40,6 +40,7 @@ class Probe:
         changed: names of the parameters that a forward changes.
         apart: boundaries at which something lies between a block and the next, so that h_l is not the block's output.
         lengths: how many positions each h_l has, with those that are padding.
+        split: whether the loss reads the output of the last block where y is not, too.
         pathless: boundaries that no shortcut connection leads down to from the next, or from y.
     """
 
@@ -52,6 +53,7 @@ class Probe:
     apart: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     pathless: list[int] = field(default_factory=list)
+    split: bool = False
 
     @property
     def sizes(self) -> list[int]:
@@ -135,6 +137,7 @@ class Look(Watcher):
             [index for index, read in self.read.items() if read is not self.made[index]],
             [vectors(t.detach()).shape[1] for t in h],
             [index for index, below in enumerate(h) if not has_path([*h[1:], y][index], below)],
+            boundaries.hidden and self.split,
         )
 
     def _positions(self, boundaries: Boundaries, h: Tensor) -> float:
