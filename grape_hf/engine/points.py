@@ -105,8 +105,8 @@ class FeedbackPoints:
             hidden = seen.at(at_hidden, numbers=not whole)
             if hidden.split and self.options.feedback_sweeps:
                 raise ValueError(
-                    "the loss reads two outputs of the last block that the blocks hand on (hidden states "
-                    "and a residual), and the error is measured at one of them, so that sweeps do not lead to the gradients "
+                    "the loss reads two outputs of the last block that the blocks hand on (hidden states and a "
+                    "residual), and the error is measured at one of them, so that sweeps do not lead to the gradients "
                     'of backpropagation. Set feedback_sweeps=0, or feedback_space="logits" if the model has a head.'
                 )
             return "hidden", at_hidden, hidden
