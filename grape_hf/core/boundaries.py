@@ -129,11 +129,17 @@ class Boundaries:
         """Raise ValueError if h_l has another size than its B_l was made for."""
         if self.sizes is None or (found := self.layout.width(h.shape)) == self.sizes[index]:
             return
+        otherwise = 'use feedback_sharing="position"'
+        if h.ndim == 3 and self.layout.sharing != "none":  # positions share B_l already
+            otherwise = (
+                "have the blocks hand on (batch, positions, channels): three dimensions are read so, also where they "
+                "are (batch, channels, positions), as of an nn.Conv1d"
+            )
         raise ValueError(
             f"feedback_sharing={self.layout.sharing!r} makes B_{index + 1} for samples of one size: expected "
             f"h_{index + 1}, the output of block {index + 1}, as vectors of {self.sizes[index]:,} numbers as at the "
             f"first step, got {tuple(h.shape)}, which is {found:,} each. Bring all samples to one size (pad, crop), or "
-            'use feedback_sharing="position".'
+            f"{otherwise}."
         )
 
     def pairing(self, index: int, h: Tensor, mask: Tensor | None = None) -> Pairing:
