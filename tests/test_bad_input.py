@@ -240,6 +240,29 @@ def test_samples_of_another_size_where_positions_have_matrices_of_their_own(opti
     make_trainer(PLAIN, tmp_path, max_steps=2, more={"train_dataset": samples}, **options).train()
 
 
+class ChannelsFirst(nn.Module):
+    """A stack of convolutions along time, (batch, channels, positions) between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.GELU()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = layer(x)
+        return {"loss": x.square().mean()}
+
+
+@pytest.mark.parametrize("sharing", ["auto", "position"])
+def test_lengths_that_vary_behind_the_channels(sharing, tmp_path):
+    samples = [{"x": torch.randn(4, 8 if i < 4 else 6)} for i in range(8)]
+    options = {"train_sampling_strategy": "sequential", "label_names": []}
+    args = arguments(tmp_path, feedback_sharing=sharing, **options)
+    trainer = GrapeTrainer(ChannelsFirst(), args, train_dataset=samples)
+    with refusal("h_1", "vectors of 8 numbers", "(4, 4, 6)", "pad, crop", "(batch, positions, channels)", "nn.Conv1d"):
+        trainer.train()
+
+
 class Ends(PlainLanguageModel):
     """Blocks 2 and 3 are left out, and with them y."""
 

@@ -181,3 +181,62 @@ def test_calibration_with_layers_left_out_is_the_stock_trainers(tmp_path):
         trainer.train()
         made.append(dict(trainer.model.named_parameters()))
     assert_same(made[1], made[0])
+
+
+class Sometimes(nn.Module):
+    """A residual block that returns its input itself where it is ``idle`` (stochastic depth)."""
+
+    def __init__(self, copies: bool) -> None:
+        super().__init__()
+        self.map, self.idle, self.copies = nn.Linear(6, 6), False, copies
+
+    def forward(self, h: Tensor) -> tuple[Tensor]:
+        if self.idle and self.training:
+            return (h.clone() if self.copies else h,)
+        return (h + torch.tanh(self.map(h)),)
+
+
+class StochasticDepth(Net):
+    """A net in which the blocks of ``dropped`` run, and do nothing."""
+
+    def __init__(self, dropped: tuple[int, ...], copies: bool = False) -> None:
+        super().__init__()
+        self.blocks, self.dropped = nn.ModuleList(Sometimes(copies) for _ in range(4)), dropped
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        h = self.stem(x)
+        for number, block in enumerate(self.blocks):
+            block.idle = number in self.dropped
+            (h,) = block(h)
+        return {"loss": F.cross_entropy(self.fc(h), labels)}
+
+
+@pytest.mark.parametrize("space", ["hidden", "logits"])
+@pytest.mark.parametrize("dropped", [(0, 1), (2, 3)])
+def test_blocks_that_return_their_input_get_nothing_and_the_others_train(dropped, space, tmp_path):
+    torch.manual_seed(0)
+    net, twin = StochasticDepth(dropped).double(), StochasticDepth(dropped).double()
+    twin.load_state_dict(net.state_dict())
+    trainer = GrapeTrainer(net, arguments(tmp_path, **STEP, feedback_space=space), train_dataset=rows())
+    trainer.train()
+    x, labels = (torch.stack([row[name] for row in rows()]) for name in ("x", "labels"))
+    made, h = [], twin.stem(x)
+    for number, block in enumerate(twin.blocks):
+        made.append(h if number in dropped else h + torch.tanh(block.map(h)))
+        h = made[-1].detach().requires_grad_(number == 3)
+    logits = twin.fc(h)
+    (e,) = torch.autograd.grad(F.cross_entropy(logits, labels), h if space == "hidden" else logits, retain_graph=True)
+    F.cross_entropy(logits, labels).backward()
+    for h_l, delta in zip(made, [*(e @ B.mT for B in trainer.feedback), h.grad], strict=True):
+        if h_l.requires_grad:
+            h_l.backward(delta)
+    expected = {n: p - RATE * (0 if p.grad is None else p.grad) for n, p in twin.named_parameters()}
+    assert_same(dict(net.named_parameters()), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_blocks_that_return_a_copy_of_their_input_are_told_to_return_itself(tmp_path):
+    trainer = GrapeTrainer(
+        StochasticDepth((1,), copies=True).double(), arguments(tmp_path, **STEP), train_dataset=rows()
+    )
+    with pytest.raises(RuntimeError, match="block 2 .Sometimes. carries no gradient.* return its input itself"):
+        trainer.train()

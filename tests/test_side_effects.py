@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers import LEARNED, arguments
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from grape_hf import GrapeTrainer
 from grape_hf.core.isolation import isolated
@@ -132,7 +132,7 @@ def test_after_a_step_everything_is_as_after_the_stock_step(name, options, tmp_p
         # A rate of zero: later steps start from the same weights as the stock Trainer's, and carry the same state.
         more = dict(max_steps=3, learning_rate=0.0, weight_decay=0.0, label_names=[])
         more |= options | {"blocks": "q" if "momentum" in name else "blocks"} if trainer is GrapeTrainer else {}
-        kind = {} if trainer is GrapeTrainer else {"kind": __import__("transformers").TrainingArguments}
+        kind = {} if trainer is GrapeTrainer else {"kind": TrainingArguments}
         trainer(model, arguments(tmp_path, **kind, **more), train_dataset=rows).train()
         after[trainer] = state(model)
     assert after[Trainer]
@@ -244,7 +244,7 @@ def test_every_forward_sees_the_arguments_as_they_were(way, tmp_path):
         seen: set[str] = set()
         model = Careless(way, seen)
         more = dict(max_steps=2, label_names=[], remove_unused_columns=False, per_device_train_batch_size=4) | options
-        kind = {} if trainer is GrapeTrainer else {"kind": __import__("transformers").TrainingArguments}
+        kind = {} if trainer is GrapeTrainer else {"kind": TrainingArguments}
 
         def collate(rows: list[Tensor]) -> dict[str, Any]:
             return {"batch": {"x": torch.stack(rows)}, "past": Schedule()}

@@ -42,7 +42,7 @@ class BlockHook:
                 f"{type(output).__name__}. Name other blocks with the option `blocks`."
             )
         assert path is not None
-        mode.at_block(self.index, h)
+        mode.at_block(self.index, h, ends(self.block)[0] is module and _handed_on(h, args, kwargs))
         if isinstance(mode, PerturbMode) and ends(self.block)[0] is module and self.index < len(self.boundaries):
             self.inputs = args, kwargs
         new = h
@@ -58,6 +58,11 @@ class BlockHook:
         """Return what the block was called with, and forget it."""
         inputs, self.inputs = self.inputs, ((), {})
         return inputs
+
+
+def _handed_on(h: Tensor, args: tuple, kwargs: dict) -> bool:
+    """Whether h, which has no graph, is what the block was called with: stochastic depth inside the block."""
+    return not h.requires_grad and any(t is h for _, t in nested.tensors((args, kwargs)))
 
 
 class ReaderHook:

@@ -115,9 +115,15 @@ def _stacks(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 
 
 def _search_in(model: nn.Module, prefix: str = "") -> Chain:
+    name = prefix.removesuffix(".")
     candidates = [chain for chain in _chains(model, prefix) if chain]
+    items = _items(model, name)
+    alike = len({type(item) for item in items.values()}) < len(items)
+    # The model is itself a list of blocks, and of what is inside them no chain is longer.
+    if alike and (not candidates or [len(chain) for chain in candidates] == [len(items)]):
+        return items
     if not candidates:
-        stacks = [_units(m, prefix + name) for name, m in model.named_modules() if isinstance(m, nn.Sequential)]
+        stacks = [_units(m, _join(name, inner)) for inner, m in model.named_modules() if isinstance(m, nn.Sequential)]
         longest = max(stacks, key=len, default={})
         if len(longest) > 1:
             return longest
@@ -178,7 +184,7 @@ def _items(module: nn.Module, name: str) -> Chain:
     """The blocks in a list, those of its stages if its items are stages; empty if this is no list of blocks."""
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return {}
-    children = {f"{name}.{child}": item for child, item in module.named_children()}
+    children = {_join(name, child): item for child, item in module.named_children()}
     blocks = {child: item for child, item in children.items() if _is_block(item)}
     # A stem, norms and pools may stand in a Sequential beside the blocks (DenseNet); a ModuleList holds like items.
     if len(blocks) != len(children) and (isinstance(module, nn.ModuleList) or len(blocks) < 2):
@@ -217,9 +223,14 @@ def _units(module: nn.Module, name: str) -> Chain:
     if len(weighted) < 2:
         return {}
     return {
-        f"{name}.{children[end - 1][0]}": Unit(*(child for _, child in children[start:end]))
+        _join(name, children[end - 1][0]): Unit(*(child for _, child in children[start:end]))
         for start, end in pairwise(cuts)
     }
+
+
+def _join(name: str, child: str) -> str:
+    """The name of a child; ``name`` is empty where that is the model's."""
+    return f"{name}.{child}" if name and child else name or child
 
 
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)

@@ -138,11 +138,14 @@ class Boundaries:
                 f"of {self.sizes[index]:,} numbers as at the first step, got {tuple(h.shape)}, which is {found:,} "
                 "each. Resize it before train(), or call train() again, which makes feedback for what is there."
             )
+        otherwise = 'use feedback_sharing="position"'
+        if h.ndim == 3 and self.layout.sharing != "none":  # positions share B_l already
+            otherwise = "have the blocks hand on (batch, positions, channels), where an nn.Conv1d has channels first"
         raise ValueError(
             f"feedback_sharing={self.layout.sharing!r} makes B_{index + 1} for samples of one size: expected "
             f"h_{index + 1}, the output of block {index + 1}, as vectors of {self.sizes[index]:,} numbers as at the "
             f"first step, got {tuple(h.shape)}, which is {found:,} each. Bring all samples to one size (pad, crop), or "
-            'use feedback_sharing="position".'
+            f"{otherwise}."
         )
 
     def pairing(self, index: int, h: Tensor, mask: Tensor | None = None) -> Pairing:

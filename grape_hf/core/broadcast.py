@@ -44,6 +44,7 @@ class Refinement:
 
 NO_REFINEMENT = Refinement()
 REENTRANT = 'Reentrant activation checkpointing does this: set gradient_checkpointing_kwargs={"use_reentrant": False}.'
+_IDLE = " A block that does nothing at times (stochastic depth) has to return its input itself, and no copy."
 
 
 class BroadcastMode(FollowingMode):
@@ -124,8 +125,8 @@ class BroadcastMode(FollowingMode):
             mode.token = Receive.apply(h, mode.token, self.B[index], mode.star, index, padding, still)
             cut = mode.cut(index, h, pairing)
         else:
-            if mode is self and self._last == index:
-                check_gradient(index, h, block)
+            if mode is self and self._last == index and not self._handed_on:
+                check_gradient(index, h, block, _IDLE)
             cut = h.detach()
         return cut.clone() if copied else cut
 
@@ -166,8 +167,8 @@ class BroadcastMode(FollowingMode):
         if mode is None:
             return y
         assert isinstance(mode, BroadcastMode)
-        if mode is self and site < len(self.boundaries.blocks):
-            check_gradient(site, y, self.boundaries.blocks[site])
+        if mode is self and site < len(self.boundaries.blocks) and not self._handed_on:
+            check_gradient(site, y, self.boundaries.blocks[site], _IDLE)
         if mode.token is not None:
             if mode is self:
                 self.boundaries.check_size(len(self.boundaries), y)
@@ -194,10 +195,10 @@ def refuse_recomputed(index: int, h: Tensor, block: nn.Module) -> None:
         )
 
 
-def check_gradient(index: int, h: Tensor, block: nn.Module) -> None:
-    """Raise RuntimeError if block ``index + 1`` has weights to train and no gradient can get to them from h."""
+def check_gradient(index: int, h: Tensor, block: nn.Module, advice: str = "") -> None:
+    """Raise RuntimeError, with ``advice``, if block ``index + 1`` has weights to train and h no gradient for them."""
     if not h.requires_grad and any(p.requires_grad for p in block.parameters()):
         raise RuntimeError(
             f"the output of block {index + 1} ({type(block).__name__}) carries no gradient although the block has "
-            f"weights to train. {REENTRANT}"
+            f"weights to train. {REENTRANT}{advice}"
         )

@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from grape_hf.core import nested
 from grape_hf.core.arguments import copied
 from grape_hf.core.blocks import ends
-from grape_hf.core.isolation import random_states
 from grape_hf.core.hooks import Hook
+from grape_hf.core.isolation import random_states
 from grape_hf.core.modes import in_backward
 from grape_hf.core.padding import Masks
 

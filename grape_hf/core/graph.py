@@ -38,15 +38,20 @@ class Mark(torch.autograd.Function):
         return grad, None
 
 
+def is_mark(node: Any) -> bool:
+    """Whether a node is a mark."""
+    return getattr(node, "mark", None) is not None
+
+
 def marks_of(tensors: Collection[Tensor]) -> set[tuple[int, Path]]:
     """Return the marks that ``tensors`` were made of, by way of no other mark."""
-    found = graph_of(*tensors, ends=lambda node: getattr(node, "mark", None) is not None)
+    found = graph_of(*tensors, ends=is_mark)
     return {mark for node in found if (mark := getattr(node, "mark", None)) is not None}
 
 
-def parameters_of(tensors: Collection[Tensor]) -> set[int]:
-    """The ids of all parameters in the graph of ``tensors``."""
-    return {id(node.variable) for node in graph_of(*tensors) if getattr(node, "variable", None) is not None}
+def parameters_of(tensors: Collection[Tensor], ends: Callable[[Any], bool] = lambda node: False) -> set[int]:
+    """The ids of all parameters in the graph of ``tensors``, up to the nodes that ``ends`` it."""
+    return {id(node.variable) for node in graph_of(*tensors, ends=ends) if getattr(node, "variable", None) is not None}
 
 
 def in_backward() -> bool:

@@ -195,7 +195,8 @@ def jacobian_terms(
             if spaces[index] == "weight":
                 with boundaries.off():
                     p = noise.weights(index, block)
-                    v, a = _weight_tangent(h, block, args, kwargs, p, mode, layout, rounded)
+                    part = boundaries.parts.get(index)
+                    v, a = _weight_tangent(h, block, args, kwargs, p, mode, layout, rounded, part)
             else:
                 v, a = activation_tangent(h, noise, index, layout)
             pairing = boundaries.pairing(index, h, mask)
@@ -254,13 +255,14 @@ def _weight_tangent(
     mode: JvpMode,
     layout: Layout,
     rounded: bool,
+    part: nested.Path | None,
 ) -> tuple[Tensor, Tensor]:
     """Return u = (dh/dW) p_W, scaled by c to the size of h, and u / c. The block's inputs are held fixed."""
     weights: dict[str, Tensor] = dict(block.named_parameters())
     if mode == "dual":
         args, kwargs = tree_map(_primal, (args, kwargs))
         weights = {name: forward_ad.make_dual(w, p[name]) for name, w in weights.items()}
-        u = forward_ad.unpack_dual(_hidden(functional_call(block, weights, args, kwargs))).tangent
+        u = forward_ad.unpack_dual(_hidden(functional_call(block, weights, args, kwargs), part)).tangent
         if u is None:
             raise ForwardModeError(f"{type(block).__name__} dropped the tangent of its weights.")
     else:
@@ -271,8 +273,8 @@ def _weight_tangent(
         perturbed = {name: w + eps * p[name] for name, w in weights.items()}
         if rounded:  # block 1 ran under autocast, before the hook at its output left it
             args, kwargs = tree_map(lambda t: _float(t, h.dtype), (args, kwargs))
-            h = _hidden(functional_call(block, weights, args, kwargs))
-        u = (_hidden(functional_call(block, perturbed, args, kwargs)) - h) / eps
+            h = _hidden(functional_call(block, weights, args, kwargs), part)
+        u = (_hidden(functional_call(block, perturbed, args, kwargs), part) - h) / eps
     u = layout.vectors(u)
     c = _rms(layout.vectors(h), dim=(1, 2)) / _rms(u, dim=(1, 2)).clamp(min=torch.finfo(u.dtype).tiny)
     return c * u, torch.where(c > 0, u / c, 0.0)
@@ -291,7 +293,7 @@ def _float(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
-def _hidden(output: Any) -> Tensor:
-    path = nested.first_floating(output)
+def _hidden(output: Any, path: nested.Path | None) -> Tensor:
+    path = nested.first_floating(output) if path is None else path
     assert path is not None
     return nested.get(output, path)

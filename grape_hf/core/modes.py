@@ -60,8 +60,8 @@ class OutputReached(Exception):
 class Mode:
     """What happens at h_l and at y."""
 
-    def at_block(self, index: int, h: Tensor) -> None:
-        """Take note that block ``index`` made ``h``."""
+    def at_block(self, index: int, h: Tensor, handed_on: bool = False) -> None:
+        """Take note that block ``index`` made ``h``, or has handed on what it was called with, which has no graph."""
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         """Return what takes the place of h_l; ``args`` and ``kwargs`` are what the block was called with."""
@@ -89,6 +89,7 @@ class FollowingMode(Mode):
         self.forwards: list[Forward] = []
         self.unheard = 0
         self._last = -1  # the block that ran last
+        self._handed_on = False  # whether it did nothing
         self._ended = True  # whether no later module can make y
         self._call: Any = None  # of the model, in which the forward under way is
         self._made: list[Any] = []  # the graph's nodes of the last blocks
@@ -118,13 +119,13 @@ class FollowingMode(Mode):
         """Return a mode that does the same to the graph as this one."""
         return type(self)(self.boundaries)
 
-    def at_block(self, index: int, h: Tensor) -> None:
+    def at_block(self, index: int, h: Tensor, handed_on: bool = False) -> None:
         """Follow; raise RuntimeError if a block runs on what a later one made."""
         if self.under_way() is self:
             if index <= self._last:
                 self._check_start(index, h)
             self._follow(index)
-            self._last = index
+            self._last, self._handed_on = index, handed_on
             if not torch.compiler.is_compiling():
                 self._nodes.add(h.grad_fn)
             if index == len(self.boundaries):

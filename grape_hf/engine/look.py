@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from grape_hf.core import nested
 from grape_hf.core.blocks import ends
 from grape_hf.core.boundaries import Boundaries
-from grape_hf.core.graph import Mark, in_backward, marks_of, parameters_of
+from grape_hf.core.graph import Mark, in_backward, is_mark, marks_of, parameters_of
 from grape_hf.core.hooks import Hook
 
 
@@ -42,6 +42,7 @@ class Watcher:
         self.parts: dict[int, nested.Path] = {}  # where a block's hidden states are in its output
         self.made: dict[int, Tensor] = {}  # those of each block, marked
         self.inputs: dict[int, set[tuple[int, nested.Path]]] = {}  # the marks that a block's output was made of
+        self.made_of: dict[tuple[int, nested.Path], set[tuple[int, nested.Path]]] = {}  # the same of each output
         self.versions: dict[int, int] = {}
         self.places: dict[int, nested.Path] = {}
         self.read: dict[int, Tensor] = {}  # h_l as the next block reads it
@@ -99,7 +100,8 @@ class Watcher:
             if len(self.order) != index + 1:
                 return None
             floating = [(p, t) for p, t in nested.tensors(output) if t.is_floating_point()]
-            self.inputs[index] = marks_of([nested.get(output, path)])
+            self.made_of |= {(index, p): marks_of([t]) for p, t in floating}
+            self.inputs[index] = self.made_of[index, path]
             for p, t in floating:
                 marked = Mark.apply(t if t.requires_grad else t.detach().requires_grad_(), (index, p))
                 output = nested.put(output, p, marked)
@@ -110,11 +112,18 @@ class Watcher:
         return hook
 
     def _part(self, index: int, output: Any) -> nested.Path | None:
-        """Where the hidden states are: for all blocks where the first whose output is read has them."""
+        """Where the hidden states are: the first output that the block's own weights had a part in.
+
+        Where the first block whose output is read has them comes before others. Where no weights learn, or the block
+        does nothing this time, they are there, or come first.
+        """
+        places = [path for path, t in nested.tensors(output) if t.is_floating_point()]
         usual = next(iter(self.parts.values()), None)
-        if usual is not None and isinstance(nested.get(output, usual), Tensor):
-            return usual
-        return nested.first_floating(output)
+        if usual in places:
+            places = [usual, *places]
+        own = {id(p) for p in self.boundaries.blocks[index].parameters()}
+        made = (p for p in places if own & parameters_of([nested.get(output, p)], ends=is_mark))
+        return next(made, next(iter(places), None))
 
     def _reader_hook(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -169,8 +178,25 @@ class Watcher:
     @property
     def around(self) -> bool:
         """Whether a block, or the head, works on what an earlier block than the one before has made, too."""
-        read_by_blocks = any(k < index - 1 for index, marks in self.inputs.items() for k, _ in marks)
-        return read_by_blocks or any(k < len(self.boundaries) for k, _ in self.head_marks)
+        carried, read = self._carried(), self.inputs | {len(self.boundaries.blocks): self.head_marks}
+        return any(k < index - 1 or (k, p) in carried for index, marks in read.items() for k, p in marks)
+
+    @property
+    def split(self) -> bool:
+        """Whether the loss reads two outputs of the last block that the blocks hand on: (hidden, residual)."""
+        carried, last = self._carried(), len(self.boundaries)
+        streams = {p for marks in self.inputs.values() for k, p in marks if (k, p) in carried}
+        loss = _loss_of(self.output)
+        read = marks_of([t for _, t in nested.tensors(self.output)] if loss is None else [loss]) | self.head_marks
+        return any((last, p) in carried & read for p in streams)
+
+    def _carried(self) -> set[tuple[int, nested.Path]]:
+        """What a block returns beside its hidden states and has made of those of blocks before it."""
+        found: set[tuple[int, nested.Path]] = set()
+        for (index, path), marks in self.made_of.items():
+            if path != self.parts[index] and any(self.parts[k] == p or (k, p) in found for k, p in marks):
+                found.add((index, path))
+        return found
 
     def scalar(self, positions: int) -> Tensor | None:
         """The loss, or what stands for it: the sum of what the model returned, if that has no positions."""

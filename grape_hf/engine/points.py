@@ -71,7 +71,8 @@ class FeedbackPoints:
             agreed: says whether something holds on all ranks.
 
         Raises:
-            ValueError: if ``feedback_space="logits"`` and the model has no head, or another head beside it.
+            ValueError: if ``feedback_space="logits"`` and the model has no head, or another head beside it; if sweeps
+                correct the error at one output of the last block and the loss reads two.
             RuntimeError: if the blocks do not run once each, in order, each on the output of the one before.
         """
         space = self.options.feedback_space or "auto"
@@ -102,10 +103,19 @@ class FeedbackPoints:
             self._refuse_beside(logits.beside)
             return "logits", at_head, logits
         if not agreed(logits is not None and not logits.beside):
-            return "hidden", at_hidden, seen.at(at_hidden, numbers=not whole)
+            hidden = seen.at(at_hidden, numbers=not whole)
+            if hidden.split and self.options.feedback_sweeps:
+                raise ValueError(
+                    "the loss reads two outputs of the last block that the blocks hand on (hidden states and a "
+                    "residual), and the error is measured at one of them, so that sweeps do not lead to the gradients "
+                    'of backpropagation. Set feedback_sweeps=0, or feedback_space="logits" if the model has a head.'
+                )
+            return "hidden", at_hidden, hidden
         assert logits is not None
         hidden = seen.at(at_hidden, numbers=not whole)
-        return ("hidden", at_hidden, hidden) if hidden.n_y <= logits.n_y else ("logits", at_head, logits)
+        if hidden.n_y <= logits.n_y and not (hidden.split and self.options.feedback_sweeps):
+            return "hidden", at_hidden, hidden
+        return "logits", at_head, logits
 
     def check(self, boundaries: Boundaries) -> None:
         """Raise RuntimeError if a block, or the module whose output is y, is no part of the model any more."""

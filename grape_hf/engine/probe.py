@@ -45,6 +45,7 @@ class Probe:
         changed: names of the parameters that a forward changes.
         apart: boundaries at which something lies between a block and the next, so that h_l is not the block's output.
         lengths: how many positions each h_l has, with those that are padding.
+        split: whether the loss reads the output of the last block where y is not, too.
         pathless: boundaries that no shortcut connection leads down to from the next, or from y.
     """
 
@@ -57,6 +58,7 @@ class Probe:
     apart: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     pathless: list[int] = field(default_factory=list)
+    split: bool = False
 
     @property
     def sizes(self) -> list[int]:
@@ -140,6 +142,7 @@ class Look(Watcher):
             [index for index, read in self.read.items() if read is not self.made[index]],
             [vectors(t.detach()).shape[1] for t in h],
             [index for index, below in enumerate(h) if not has_path([*h[1:], y][index], below)],
+            boundaries.hidden and self.split,
         )
 
     def _positions(self, boundaries: Boundaries, h: Tensor) -> float:
@@ -217,8 +220,8 @@ class Look(Watcher):
                 "no forward with gradients ran through the blocks inside `compute_loss`. A loss that runs the model "
                 "without gradients first, and with them in the backward (a cached loss), cannot be trained by direct "
                 f'feedback: compute it at once, or use method="bp". {FROZEN_AT_FIRST} If the model does not '
-                f"call these blocks ({total} of them, the first a {self._kind(0)}), or calls their `forward` itself, which "
-                "no hook sees, name others with the option `blocks`."
+                f"call these blocks ({total} of them, the first a {self._kind(0)}), or calls their `forward` itself, "
+                "which no hook sees, name others with the option `blocks`."
             )
         if self.order != list(range(total)):
             if self.error is not None:

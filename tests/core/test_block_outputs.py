@@ -12,7 +12,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutput
 
 from grape_hf import GrapeTrainer
+from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.nested import first_floating, get, put, tensors
+from grape_hf.engine.probe import probe
 
 Named = namedtuple("Named", ["hidden", "gate"])
 
@@ -144,3 +146,104 @@ def test_paths():
     assert get({"a": 1}, ("b",)) is None
     assert get(h, (0,)) is None
     assert [path for path, _ in tensors((h, {"a": h}))] == [(0,), (1, "a")]
+
+
+class Timed(nn.Module):
+    """Hands on a time, or whatever else it is given, before its hidden states, or behind them."""
+
+    def __init__(self, t_first: bool) -> None:
+        super().__init__()
+        self.map, self.t_first = nn.Linear(4, 4), t_first
+
+    def forward(self, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = h + torch.tanh(self.map(h + t))
+        return (t, h) if self.t_first else (h, t)
+
+
+class TimedNet(nn.Module):
+    """Reads a learned time, or constants, in every block and in the loss."""
+
+    def __init__(self, learned: bool, t_first: bool) -> None:
+        super().__init__()
+        self.time, self.stem, self.learned, self.t_first = nn.Linear(4, 4), nn.Linear(4, 4), learned, t_first
+        self.blocks = nn.ModuleList(Timed(t_first) for _ in range(4))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        t, h = self.time(x) if self.learned else x.cos(), self.stem(x)
+        for block in self.blocks:
+            made = block(t, h)
+            t, h = made if self.t_first else made[::-1]
+        return {"loss": (h * (1 + t)).square().mean()}
+
+
+WEIGHTS = {"feedback_rule": "cosine", "perturbation_space": "weight", "jvp_steps": 1}
+
+
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "constant"])
+@pytest.mark.parametrize(
+    "options", [{"method": "dfa"}, {"feedback_sweeps": 1}, WEIGHTS], ids=["dfa", "sweep", "weights perturbed"]
+)
+def test_what_comes_before_the_hidden_states_is_not_taken_for_them(options, learned, tmp_path):
+    data, made = [{"x": torch.randn(4)} for _ in range(16)], []
+    for t_first in (True, False):
+        torch.manual_seed(0)
+        net = TimedNet(learned, t_first)
+        args = arguments(tmp_path, max_steps=5, label_names=[], feedback_space="hidden", **options)
+        trainer = GrapeTrainer(net, args, train_dataset=data)
+        trainer.train()
+        made.append(dict(net.named_parameters()) | {f"B_{i}": B for i, B in enumerate(trainer.feedback)})
+    assert_same(*made)
+
+
+class WithResidual(nn.Module):
+    """Hands on (hidden, residual), as a Mamba's fused block does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.map = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, h: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = h + residual
+        return torch.tanh(self.map(self.norm(residual))), residual
+
+
+class ResidualNet(nn.Module):
+    """Its head, of 6 outputs, reads both that the last block returns, or the first alone."""
+
+    def __init__(self, both: bool = True) -> None:
+        super().__init__()
+        self.stem, self.both, self.head = nn.Linear(4, 4), both, nn.Linear(4, 6)
+        self.blocks = nn.ModuleList(WithResidual() for _ in range(4))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h, residual = self.stem(x), torch.zeros_like(x)
+        for block in self.blocks:
+            h, residual = block(h, residual)
+        return {"loss": self.head(h + residual if self.both else h).square().mean()}
+
+
+@pytest.mark.parametrize(("both", "space"), [(True, "auto"), (True, "logits"), (False, "hidden"), (False, "logits")])
+def test_sweeps_go_around_blocks_by_what_they_hand_on_beside_their_hidden_states(both, space, tmp_path):
+    made = []
+    for kind, trainer in ((None, GrapeTrainer), (TrainingArguments, Trainer)):
+        torch.manual_seed(0)
+        net, data = ResidualNet(both), [{"x": torch.randn(4)} for _ in range(16)]
+        options = {"feedback_sweeps": 3, "feedback_space": space, "optim": "sgd", "max_steps": 5, "label_names": []}
+        args = arguments(tmp_path, **options, **({"kind": kind} if kind else {}))
+        trainer(net, args, train_dataset=data).train()
+        made.append(dict(net.named_parameters()))
+    assert_same(*made, rtol=1e-5, atol=1e-7)
+
+
+def test_sweeps_of_an_error_that_is_measured_at_one_of_two_streams_are_refused(tmp_path):
+    args = arguments(tmp_path, feedback_sweeps=1, feedback_space="hidden", label_names=[])
+    trainer = GrapeTrainer(ResidualNet(), args, train_dataset=[{"x": torch.randn(4)} for _ in range(16)])
+    with pytest.raises(ValueError, match="two outputs of the last block.*feedback_sweeps=0"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(("net", "around"), [(ResidualNet(), True), (TimedNet(True, False), False)])
+def test_what_blocks_hand_on_goes_around_if_it_is_made_of_hidden_states(net, around):
+    boundaries = Boundaries(net.blocks, readers=[[block] for block in net.blocks[1:]])
+    probe(net, boundaries, lambda: net(torch.randn(2, 4)))
+    assert boundaries.around is around

@@ -4,8 +4,9 @@ import re
 
 import pytest
 import torch
+from helpers import arguments
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,6 +16,7 @@ from transformers import (
     FunnelForSequenceClassification,
 )
 
+from grape_hf import GrapeTrainer
 from grape_hf.core.blocks import find_blocks, find_head
 from grape_hf.engine.points import feedback_blocks
 
@@ -148,6 +150,34 @@ def test_looking_changes_nothing():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     find_blocks(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.branch(h)
+
+
+def test_a_model_may_be_the_list_of_its_blocks(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), Residual(), Residual(), Residual(), nn.Linear(2, 1))
+    assert list(find_blocks(model)) == ["1", "2", "3"]
+    assert list(find_blocks(Residual().branch)) == ["1", "2"]  # each weight with what follows it, by its last part
+    network = nn.ModuleDict({"features": nn.Sequential(*(nn.Conv2d(2, 2, 1) for _ in range(3)))})
+    found = find_blocks(nn.Sequential(network, Residual()))  # nothing is alike here: a network, and its head
+    assert list(found) == [f"0.features.{i}" for i in range(3)]
+
+    class OfOutputs(GrapeTrainer):
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **_: object) -> Tensor:
+            return model(inputs["x"]).square().mean()
+
+    args = arguments(tmp_path, max_steps=2, remove_unused_columns=False, label_names=[])
+    trainer = OfOutputs(model, args, train_dataset=[{"x": torch.randn(2)} for _ in range(8)])
+    before = model[2].branch[0].weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(model[2].branch[0].weight, before)
 
 
 def test_what_stands_before_the_first_weights_of_a_plain_stack_belongs_to_its_first_block():
