@@ -279,8 +279,8 @@ def test_a_loss_that_calls_the_blocks_itself_trains_as_if_it_were_computed_once(
     stock = train(problem, tmp_path, Stepping, **options)
     assert logged(ours, "loss")[0] == logged(stock, "loss")[0]
     assert ours.model.seen == stock.model.seen == 3
-    expected = weights(stock)
-    assert_same({name: w for name, w in weights(ours).items() if name in expected}, expected, rtol=1e-4, atol=1e-5)
+    learned = {name: w for name, w in weights(ours).items() if not name.startswith("B_")}
+    assert_same(learned, weights(stock), rtol=1e-4, atol=1e-5)
 
 
 # --- blocks that train from a later step on --------------------------------------------------------------------------
@@ -337,10 +337,8 @@ def test_blocks_without_gradients_at_first_are_refused_with_what_trains_the_same
     if inside:
         stock, frozen = train(problem, tmp_path, Probing, **options), ours(FreezingGrape)
         frozen.train()
-        expected = weights(stock)
-        assert_same(
-            {name: w for name, w in weights(frozen).items() if name in expected}, expected, rtol=1e-4, atol=1e-5
-        )
+        learned = {name: w for name, w in weights(frozen).items() if not name.startswith("B_")}
+        assert_same(learned, weights(stock), rtol=1e-4, atol=1e-5)
 
 
 # --- partly frozen models --------------------------------------------------------------------------------------------
