@@ -170,7 +170,7 @@ class BroadcastMode(FollowingMode):
         if mode is self and site < len(self.boundaries.blocks) and not self._handed_on:
             check_gradient(site, y, self.boundaries.blocks[site], _IDLE)
         if mode.token is not None:
-            if mode is self:
+            if mode is self and site >= len(self.boundaries):  # a block before the last may have another size
                 self.boundaries.check_size(len(self.boundaries), y)
             mode.star.site = site
             mode.star.y = y if mode.star.arms or mode.star.last is not None else None
