@@ -171,6 +171,11 @@ def test_a_last_output_that_is_changed_in_place_in_front_of_the_head(tmp_path):
     )
 
 
+def test_a_first_step_that_overflows_is_not_held_against_the_loss(tmp_path):
+    trainer = run(tmp_path, Ours, bert(), CLASSIFIED, lambda m, i: m(**i).loss * torch.inf, feedback_space="logits")
+    assert trainer.state.global_step == 3
+
+
 def apart(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return model(encoder_outputs=model.encoder(inputs["input_ids"]), labels=inputs["labels"]).loss
 
