@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, count_hooks
+from helpers import arguments, assert_same, count_hooks
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -72,10 +72,8 @@ CLASSIFIED, TOKENS = samples(lambda row: row[0] % CLASSES), samples(lambda row: 
 
 
 def run(folder: Path, kind: type[Trainer], model: nn.Module, data: Any, loss: Loss, **options: Any) -> Trainer:
-    arguments = GrapeTrainingArguments if issubclass(kind, GrapeMixin) else TrainingArguments
-    settings: dict[str, Any] = dict(max_steps=3, per_device_train_batch_size=4, learning_rate=0.01, optim="sgd")
-    settings |= dict(max_grad_norm=0, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", seed=1)
-    args = arguments(str(folder), **settings, **options)
+    of = GrapeTrainingArguments if issubclass(kind, GrapeMixin) else TrainingArguments
+    args = arguments(folder, of, max_steps=3, optim="sgd", max_grad_norm=0, seed=1, **options)
     trainer = kind(model, args, train_dataset=data, loss=loss)
     trainer.train()
     return trainer

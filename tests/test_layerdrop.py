@@ -79,15 +79,21 @@ def by_hand(net: Net, B: list[Tensor], space: str) -> dict[str, Tensor]:
         return {name: p - RATE * (0 if p.grad is None else p.grad) for name, p in net.named_parameters()}
 
 
+def after_a_step(kind: type[Net], dropped: tuple[int, ...], space: str, folder: Any) -> tuple[Net, Any, list[Tensor]]:
+    """Return a net after a step, its twin before it, and the feedback."""
+    torch.manual_seed(0)
+    net, twin = kind(dropped).double(), kind(dropped).double()
+    twin.load_state_dict(net.state_dict())
+    trainer = GrapeTrainer(net, arguments(folder, **STEP, feedback_space=space), train_dataset=rows())
+    trainer.train()
+    return net, twin, trainer.feedback
+
+
 @pytest.mark.parametrize("space", ["hidden", "logits"])
 @pytest.mark.parametrize("dropped", [(), (0,), (1,), (3,), (2, 3), (0, 3), (0, 1, 2)])
 def test_a_star_of_the_blocks_that_ran(dropped, space, tmp_path):
-    torch.manual_seed(0)
-    net, twin = Net(dropped).double(), Net(dropped).double()
-    twin.load_state_dict(net.state_dict())
-    trainer = GrapeTrainer(net, arguments(tmp_path, **STEP, feedback_space=space), train_dataset=rows())
-    trainer.train()
-    assert_same(dict(net.named_parameters()), by_hand(twin, trainer.feedback, space), rtol=1e-9, atol=1e-12)
+    net, twin, B = after_a_step(Net, dropped, space, tmp_path)
+    assert_same(dict(net.named_parameters()), by_hand(twin, B, space), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("space", ["hidden", "logits"])
@@ -214,11 +220,7 @@ class StochasticDepth(Net):
 @pytest.mark.parametrize("space", ["hidden", "logits"])
 @pytest.mark.parametrize("dropped", [(0, 1), (2, 3)])
 def test_blocks_that_return_their_input_get_nothing_and_the_others_train(dropped, space, tmp_path):
-    torch.manual_seed(0)
-    net, twin = StochasticDepth(dropped).double(), StochasticDepth(dropped).double()
-    twin.load_state_dict(net.state_dict())
-    trainer = GrapeTrainer(net, arguments(tmp_path, **STEP, feedback_space=space), train_dataset=rows())
-    trainer.train()
+    net, twin, feedback = after_a_step(StochasticDepth, dropped, space, tmp_path)
     x, labels = (torch.stack([row[name] for row in rows()]) for name in ("x", "labels"))
     made, h = [], twin.stem(x)
     for number, block in enumerate(twin.blocks):
@@ -227,7 +229,7 @@ def test_blocks_that_return_their_input_get_nothing_and_the_others_train(dropped
     logits = twin.fc(h)
     (e,) = torch.autograd.grad(F.cross_entropy(logits, labels), h if space == "hidden" else logits, retain_graph=True)
     F.cross_entropy(logits, labels).backward()
-    for h_l, delta in zip(made, [*(e @ B.mT for B in trainer.feedback), h.grad], strict=True):
+    for h_l, delta in zip(made, [*(e @ B.mT for B in feedback), h.grad], strict=True):
         if h_l.requires_grad:
             h_l.backward(delta)
     expected = {n: p - RATE * (0 if p.grad is None else p.grad) for n, p in twin.named_parameters()}

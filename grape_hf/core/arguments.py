@@ -9,18 +9,16 @@ import dataclasses
 import random
 from collections import deque
 from collections.abc import Iterable, Mapping
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from grape_hf.core.snapshot import CODE, DEEPEST, LIBRARIES, PLAIN
+
 # What is not changed in place, or is not an argument's own: `isolated` puts modules and their parameters back.
-_KEPT = (str, bytes, int, float, complex, type, torch.dtype, torch.device, torch.Size, nn.Module, nn.Parameter)
-_CODE = (FunctionType, MethodType, BuiltinFunctionType, ModuleType)
-_DEEPEST = 4  # objects in objects
-_LIBRARIES = {"torch", "accelerate", "peft", "tokenizers", "datasets"}  # whose objects may hold what is not theirs
+_KEPT = (*PLAIN, *CODE, nn.Module, nn.Parameter)
+_NOT_COPIED = LIBRARIES - {"transformers", "timm"}  # a model is called with caches and outputs of these
 
 
 def copied(value: Any) -> Any:
@@ -33,7 +31,7 @@ def copied(value: Any) -> Any:
 
 
 def _copy(value: Any, known: dict[int, Any], depth: int) -> Any:
-    if value is None or isinstance(value, (*_KEPT, *_CODE)):
+    if isinstance(value, _KEPT):
         return value
     if id(value) not in known:
         try:
@@ -59,7 +57,7 @@ def _made(value: Any, known: dict[int, Any], depth: int) -> Any:
             new[place] = _copy(item, known, depth)  # type: ignore[index]
         return new
     names = _names(value)
-    if not names or depth == _DEEPEST or type(value).__module__.partition(".")[0] in _LIBRARIES:
+    if not names or depth == DEEPEST or type(value).__module__.partition(".")[0] in _NOT_COPIED:
         return value
     known[id(value)] = new = copy.copy(value)
     for name in names:

@@ -42,8 +42,9 @@ class BlockHook:
                 f"{type(output).__name__}. Name other blocks with the option `blocks`."
             )
         assert path is not None
-        mode.at_block(self.index, h, ends(self.block)[0] is module and _handed_on(h, args, kwargs))
-        if isinstance(mode, PerturbMode) and ends(self.block)[0] is module and self.index < len(self.boundaries):
+        whole = ends(self.block)[0] is module
+        mode.at_block(self.index, h, whole and _handed_on(h, args, kwargs))
+        if isinstance(mode, PerturbMode) and whole and self.index < len(self.boundaries):
             self.inputs = args, kwargs
         new = h
         if self.cuts:

@@ -133,16 +133,14 @@ class BroadcastMode(FollowingMode):
     def at_last(self, h: Tensor) -> Tensor:
         """Return h_L, whose backward sees whether the loss reads it beside y."""
         mode = self.under_way()
-        if mode is None or not h.requires_grad:
+        assert mode is None or isinstance(mode, BroadcastMode)
+        if mode is None or mode.token is None or not h.requires_grad:
             return h
-        assert isinstance(mode, BroadcastMode)
-        if mode.token is None:
-            return h
+        boundaries = self.boundaries
         # Once in a run, in its first step: that takes a backward of the head.
-        if mode is self and self.keep in ("e", "e and deltas") and not self.boundaries.last_checked:
-            self.boundaries.last_checked = True
-            if not self.boundaries.whole and not torch.compiler.is_compiling():
-                mode.star.last = h
+        if mode is self and self.keep in ("e", "e and deltas") and not boundaries.last_checked:
+            boundaries.last_checked = True
+            mode.star.last = None if boundaries.whole or torch.compiler.is_compiling() else h
         return Last.apply(h, mode.star)
 
     @property

@@ -56,7 +56,7 @@ def isolated(
     trace, watch = Trace(), _Parameters(model, saved)
     state = Snapshot(model)
     with ExitStack() as stack:
-        stack.enter_context(_same_randomness(model))
+        stack.enter_context(same_randomness(model))
         if "torch._dynamo" in sys.modules:
             # Inductor drops tangents without a word (pytorch#187284, fixes #187311 and #189644 pending), and a
             # compiled block would be compiled once more for each mode.
@@ -202,21 +202,19 @@ def undoing(model: nn.Module, inputs: Any) -> Callable[[], None]:
 
     What it puts back: random generators, plain attributes and buffers of ``model``, tensors in ``inputs``.
     """
-    state, restore = Snapshot(model), random_states(model)
-    tensors = [*model.buffers(), *(tensor for _, tensor in nested.tensors(inputs))]
-    copies = [(t, t.detach().clone()) for t in tensors if not (t.is_meta or t.is_nested)]
+    state = Snapshot(model, [*model.buffers(), *(tensor for _, tensor in nested.tensors(inputs))])
+    restore = random_states(model)
 
     def undo() -> None:
         state.restore()
-        for tensor, copy in copies:
-            tensor.data.copy_(copy)
         restore()
 
     return undo
 
 
 @contextmanager
-def _same_randomness(model: nn.Module) -> Iterator[None]:
+def same_randomness(model: nn.Module) -> Iterator[None]:
+    """Put the random generators back at the end."""
     restore = random_states(model)
     try:
         yield

@@ -7,7 +7,7 @@ whoever else holds such a list or tensor sees it as it was. Modules, classes and
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, torch.Size, ModuleType)
-_CODE = (FunctionType, MethodType, BuiltinFunctionType)
-_DEEPEST = 4  # objects in objects
+PLAIN = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, torch.Size, ModuleType)
+CODE = (FunctionType, MethodType, BuiltinFunctionType)
+DEEPEST = 4  # objects in objects
 # Objects of these are not looked into: engines of torch hold memory that is not theirs at the time (FSDP2).
-_LIBRARIES = {"torch", "accelerate", "transformers", "peft", "tokenizers", "timm", "datasets"}
+LIBRARIES = {"torch", "accelerate", "transformers", "peft", "tokenizers", "timm", "datasets"}
 
 
 class Snapshot:
@@ -28,9 +28,10 @@ class Snapshot:
 
     Args:
         model: the model.
+        also: what else is put back, such as tensors of a batch, or the numbers in buffers.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, also: Iterable[Any] = ()) -> None:
         self._undo: list[Callable[[], object]] = []
         self._seen: set[int] = set()
         self._held: list[Any] = []  # so that no other object comes to have the same id
@@ -41,6 +42,8 @@ class Snapshot:
             self._note_mapping(attributes, depth=0)
             for name in ("_buffers", "_modules", "_parameters"):
                 self._undo.append(_restorer(attributes[name], dict(attributes[name])))
+        for value in also:
+            self._note(value, depth=0)
 
     def restore(self) -> None:
         """Put everything back."""
@@ -50,7 +53,7 @@ class Snapshot:
     def _note_mapping(self, attributes: dict[Any, Any], depth: int) -> None:
         self._undo.append(_restorer(attributes, dict(attributes)))
         for name, value in attributes.items():
-            if isinstance(value, _PLAIN) or name in ("_buffers", "_modules", "_parameters"):
+            if isinstance(value, PLAIN) or name in ("_buffers", "_modules", "_parameters"):
                 continue
             if str(name).startswith("_") and "_hooks" in str(name) and isinstance(value, dict):
                 self._undo.append(_forgetter(value, set(value)))  # one that took itself off stays off
@@ -58,7 +61,7 @@ class Snapshot:
                 self._note(value, depth)
 
     def _note(self, value: Any, depth: int) -> None:
-        if isinstance(value, (*_PLAIN, *_CODE, nn.Module, nn.Parameter)) or id(value) in self._seen:
+        if isinstance(value, (*PLAIN, *CODE, nn.Module, nn.Parameter)) or id(value) in self._seen:
             return
         self._seen.add(id(value))
         self._held.append(value)
@@ -94,7 +97,7 @@ class Snapshot:
         elif isinstance(value, np.random.Generator):
             bits, position = value.bit_generator, value.bit_generator.state
             self._undo.append(lambda: setattr(bits, "state", position))
-        elif depth < _DEEPEST and isinstance(getattr(value, "__dict__", None), dict) and not _of_library(value):
+        elif depth < DEEPEST and isinstance(getattr(value, "__dict__", None), dict) and not _of_library(value):
             self._note_mapping(vars(value), depth + 1)
 
 
@@ -114,7 +117,7 @@ def _restorer(attributes: Any, before: dict[Any, Any]) -> Callable[[], None]:
 
 
 def _of_library(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] in _LIBRARIES
+    return type(value).__module__.partition(".")[0] in LIBRARIES
 
 
 def _forgetter(hooks: dict[Any, Any], before: set[Any]) -> Callable[[], None]:

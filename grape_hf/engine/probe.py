@@ -22,7 +22,9 @@ from grape_hf.engine.look import Watcher
 
 logger = logging.getLogger(__name__)
 
-FROZEN_AT_FIRST = (
+NO_GRADIENTS = (
+    "A loss that runs the model without gradients first, and with them in the backward (a cached loss), cannot be "
+    'trained by direct feedback: compute it at once, or use method="bp". '
     "Where the first steps run the blocks under `no_grad`, freeze these in place of it (`requires_grad_(False)`, in a "
     "callback's `on_step_begin`)."
 )
@@ -217,11 +219,9 @@ class Look(Watcher):
         total = len(self.boundaries.blocks)
         if not self.order and self.error is None:
             raise RuntimeError(
-                "no forward with gradients ran through the blocks inside `compute_loss`. A loss that runs the model "
-                "without gradients first, and with them in the backward (a cached loss), cannot be trained by direct "
-                f'feedback: compute it at once, or use method="bp". {FROZEN_AT_FIRST} If the model does not '
-                f"call these blocks ({total} of them, the first a {self._kind(0)}), or calls their `forward` itself, "
-                "which no hook sees, name others with the option `blocks`."
+                f"no forward with gradients ran through the blocks inside `compute_loss`. {NO_GRADIENTS} If the model "
+                f"does not call these blocks ({total} of them, the first a {self._kind(0)}), or calls their `forward` "
+                "itself, which no hook sees, name others with the option `blocks`."
             )
         if self.order != list(range(total)):
             if self.error is not None:

@@ -17,7 +17,7 @@ from grape_hf.core.calls import ModelCall, NoCallError
 from grape_hf.core.isolation import undoing
 from grape_hf.core.modes import Forward
 from grape_hf.engine.first_error import FirstError
-from grape_hf.engine.probe import FROZEN_AT_FIRST
+from grape_hf.engine.probe import NO_GRADIENTS
 from grape_hf.engine.run import GrapeRun
 from grape_hf.engine.samples import Sampler
 from grape_hf.engine.step import MicroBatch
@@ -42,7 +42,7 @@ class StarEngine:
         """Take the stock step in a star, or at a calibration step in a chain; see ``Engine``."""
 
         def step() -> Tensor:
-            with self.micro_batch(batch.step, self._loss_again(batch), batch.inputs):
+            with self.micro_batch(batch.step, batch.loss if self._blocks_alone else None, batch.inputs):
                 return stock()
 
         undo = None if self.run.started or self._blocks_alone else undoing(self.run.model, batch.inputs)
@@ -59,25 +59,18 @@ class StarEngine:
             self.run.finish_step(batch.rate, batch.decay)
         return loss
 
-    def _loss_again(self, batch: MicroBatch) -> Callable[[], object] | None:
-        """What computes the loss on the batch as it is now, if the loss calls the blocks one by one."""
-        if not self._blocks_alone:
-            return None
-        inputs, loss = copied(batch.inputs), batch.loss
-        assert loss is not None
-        return lambda: loss(copied(inputs))
-
     def close(self) -> None:
         """Take the hooks off the model."""
         self.run.close()
 
     @contextmanager
-    def micro_batch(self, step: int, loss: Callable[[], object] | None = None, batch: Any = None) -> Iterator[None]:
+    def micro_batch(self, step: int, loss: Callable[[Any], object] | None = None, batch: Any = None) -> Iterator[None]:
         """Enclose the forward, loss and backward of one micro-batch, whoever computes them.
 
         Args:
             step: the optimiser step that the micro-batch belongs to.
-            loss: computes the loss once more, if it calls the blocks by themselves; None if it calls the model.
+            loss: computes the loss of a batch once more, if it calls the blocks by themselves; None if it calls the
+                model.
             batch: the micro-batch; its masks count where the model is called without.
 
         Raises:
@@ -88,7 +81,14 @@ class StarEngine:
         calls.remember_randomness = bool(run.options.alignment_steps)
         calls.made, calls.repeated = [], not run.started
         calls.masks.note_batch(batch)
-        calls.loss = None if loss is None else calls.call(loss, (), {})
+
+        def again() -> ModelCall | None:
+            """Return what computes the loss on the batch as it is now."""
+            if loss is None:
+                return None
+            inputs = copied(batch) if calls.repeated else batch
+            return calls.call(lambda: loss(copied(inputs)), (), {})
+
         with ExitStack() as stack:
 
             def begin(call: ModelCall | None = None) -> None:
@@ -103,10 +103,12 @@ class StarEngine:
 
             if run.started:
                 begin()
+                calls.loss = again()
             else:
                 run.hooks.enter_context(calls.attached())
                 if "torch._dynamo" in sys.modules:  # what is compiled now would not know hooks that come half-way
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
+                calls.loss = again()
                 if calls.loss is None:
                     calls.begun = begin
                 else:
@@ -120,9 +122,7 @@ class StarEngine:
             run.close()
             raise RuntimeError(
                 f"no forward with gradients through the blocks ({run.block_names[0]}, ...) took place inside "
-                "`compute_loss`. A loss that runs the model without gradients first, and with them in the backward (a "
-                "cached loss), cannot be trained by direct feedback: compute it at once, or use "
-                f'method="bp". {FROZEN_AT_FIRST}'
+                f"`compute_loss`. {NO_GRADIENTS}"
             )
 
     def look_again(self, places: Sequence[int], labels: Any = None, batch: Any = None) -> None:

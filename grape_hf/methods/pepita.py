@@ -19,7 +19,7 @@ It is defined for plain chains of linear and convolutional layers, with activati
 are refused: norms and embeddings when the method is made, skips and gates at the first forward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from grape_hf.core.hooks import Hook
+from grape_hf.core.isolation import random_states, same_randomness
 from grape_hf.engine.step import MicroBatch
 from grape_hf.methods.base import layer_call, seeded
 from grape_hf.training_args import GrapeArgumentsMixin
@@ -78,12 +79,12 @@ class Pepita:
     def step(self, batch: MicroBatch) -> Iterator[None]:
         """Enclose the standard pass and the loss; at the end make the modulated pass and add to ``p.grad``."""
         calls: list[tuple[tuple, dict]] = []
-        states: list[dict[torch.device, Tensor]] = []
+        states: list[Callable[[], None]] = []
 
         def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if torch.is_grad_enabled():
                 calls.append((args, kwargs))
-                states.append(self._random_states())
+                states.append(random_states(self.model))
 
         handle = self.model.register_forward_pre_hook(Hook(note), with_kwargs=True)
         try:
@@ -100,7 +101,9 @@ class Pepita:
         e = standard.y.grad
         share = 1 / (len(e) * batch.parts)  # of a sample in the loss
         x = standard.records[0].x
-        with self._same_randomness(states[0]), _Pass(self.layers, x + self.modulation(e / share, x)) as modulated:
+        # What the standard pass drew (dropout) is drawn again.
+        with same_randomness(self.model), _Pass(self.layers, x + self.modulation(e / share, x)) as modulated:
+            states[0]()
             self.model(*calls[0][0], **calls[0][1])
         outputs, errors = [], []
         for first, second in zip(standard.records, modulated.records, strict=True):
@@ -119,28 +122,6 @@ class Pepita:
             uniform = torch.rand(size, e.shape[1], generator=seeded(self.seed, "F"), dtype=torch.float64)
             self._F = (0.05 * (6 / size) ** 0.5 * (2 * uniform - 1)).to(e)
         return (e @ self._F.mT).reshape(x.shape).to(x)
-
-    def _random_states(self) -> dict[torch.device, Tensor]:
-        devices = {p.device for p in self.model.parameters() if p.device.type != "cpu"}
-        states = {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
-        return states | {torch.device("cpu"): torch.get_rng_state()}
-
-    @contextmanager
-    def _same_randomness(self, states: dict[torch.device, Tensor]) -> Iterator[None]:
-        """Draw again what the standard pass drew (dropout), and leave no trace of it."""
-        after = self._random_states()
-        try:
-            self._set_random_states(states)
-            yield
-        finally:
-            self._set_random_states(after)
-
-    def _set_random_states(self, states: dict[torch.device, Tensor]) -> None:
-        for device, state in states.items():
-            if device.type == "cpu":
-                torch.set_rng_state(state)
-            else:
-                torch.get_device_module(device).set_rng_state(state, device)
 
 
 @dataclass
