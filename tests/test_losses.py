@@ -257,6 +257,7 @@ class Stepping(Trainer):
     """Calls the blocks one by one, draws numbers of all kinds, and changes the batch in place."""
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        self.saw = getattr(self, "saw", set()) | {tuple(inputs["labels"].flatten().tolist())}
         inputs["labels"].add_(1).remainder_(VOCABULARY)
         h = model.stem(inputs["input_ids"]) + torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002
         for block in model.blocks:
@@ -272,13 +273,15 @@ class SteppingGrape(GrapeMixin, Stepping):
 def test_a_loss_that_calls_the_blocks_itself_trains_as_if_it_were_computed_once(tmp_path):
     """The first attempt at the first step finds out that it does; it leaves nothing behind, nor does the look."""
     problem = Problem("counting", Counting, text)
-    options: dict[str, Any] = dict(optim="sgd", learning_rate=RATE, max_steps=3, feedback_sweeps=9)
+    options: dict[str, Any] = dict(optim="sgd", learning_rate=RATE, max_steps=3, feedback_sweeps=9, alignment_steps=1)
     made = make_trainer(problem, tmp_path, **options)
     ours = SteppingGrape(model=made.model, args=made.args, train_dataset=made.train_dataset)
     ours.train()
     stock = train(problem, tmp_path, Stepping, **options)
     assert logged(ours, "loss")[0] == logged(stock, "loss")[0]
     assert ours.model.seen == stock.model.seen == 3
+    assert ours.saw == stock.saw  # measurements too, which are made after the step has changed its batch
+    assert len(stock.saw) == 3
     learned = {name: w for name, w in weights(ours).items() if not name.startswith("B_")}
     assert_same(learned, weights(stock), rtol=1e-4, atol=1e-5)
 
