@@ -34,6 +34,7 @@ from study_trainers import (
     FirstPoints,
     LastPoints,
     LateStages,
+    MapKernel,
     MeasuredUpdates,
     RandomSigns,
     SmallerBelow,
@@ -41,9 +42,12 @@ from study_trainers import (
 )
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from wide_maps import WideMaps
 
 from grape_hf import GrapeTrainer, GrapeTrainingArguments
+from grape_hf.core.block_maps import chained
 from grape_hf.recipes.cells import Cells
+from grape_hf.vision import image_classifier
 
 FOLDER = TOP / "recipes" / "studies"
 STUDIES: list[tuple[type[Study], Path]] = [
@@ -420,6 +424,61 @@ class TestScaledBlocks:
     def test_a_law_without_measurements_is_refused(self, tmp_path: Path):
         with pytest.raises(ValueError, match="alignment_steps"):
             trained(tmp_path, lambda **kw: MeasuredUpdates("cosine", **kw), **STAR)
+
+
+class TestMapKernel:
+    """Maps that see a square of positions."""
+
+    def test_they_learn_the_transpose_of_a_convolution(self):
+        """Of a block that is one convolution, on random deltas; its transpose is a convolution with turned kernels."""
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(3, 2, 3, 3, generator=generator, dtype=torch.float64)  # h_1 has 2 channels, h_2 has 3
+        maps = WideMaps(chained([torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.float64)]), 3)
+        for turn in range(60):
+            d = torch.randn(16, 3, 6, 6, generator=generator, dtype=torch.float64)
+            v = torch.nn.functional.conv_transpose2d(d, weight, padding=1)
+            vectors = d.flatten(2).mT
+            maps.begin(turn)
+            maps.observe(0, v.flatten(2).mT, vectors, maps.apply(0, vectors))
+            maps.G = maps.refined(maps.total(list), 0.5)
+        kernel = maps.G[0].unflatten(1, (3, 3, 3))
+        torch.testing.assert_close(kernel, weight.transpose(0, 1).flip(2, 3), rtol=0, atol=1e-3)
+        by_squares = maps.squares(vectors) @ maps.G[0].mT
+        torch.testing.assert_close(maps.apply(0, vectors), by_squares)
+
+    def test_a_step_begins_as_with_small_maps_and_learns_neighbours(self, tmp_path: Path):
+        """The second step is another one, as maps have learned from what lies beside a position."""
+        small, wide = (self.trained(tmp_path, kind) for kind in (GrapeTrainer, lambda **kw: MapKernel(3, **kw)))
+        for name, gradient in small.gradients[0].items():
+            torch.testing.assert_close(wide.gradients[0][name], gradient, rtol=1e-4, atol=1e-7)
+        lowest = "timm_model.blocks.0.conv.weight"
+        assert (
+            torch.dist(wide.gradients[1][lowest], small.gradients[1][lowest]) > 1e-4 * small.gradients[1][lowest].norm()
+        )
+
+    def trained(self, folder: Path, kind: Any) -> Watch:
+        torch.manual_seed(0)
+        model, watch = image_classifier("alexnet_cifar", ["a", "b", "c"]), Watch()
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randn(8, 3, 32, 32, generator=generator)
+        arguments = GrapeTrainingArguments(
+            output_dir=str(folder),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            feedback_points=0,
+            feedback_space="hidden",
+            feedback_sharing="position",
+            feedback_rule="local",
+            feedback_init="gaussian",
+            feedback_path="shortcut",
+            feedback_lr=0.5,
+            jvp_steps=1,
+            report_to=[],
+            use_cpu=True,
+        )
+        data = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images)]
+        kind(model=model, args=arguments, train_dataset=data, callbacks=[watch]).train()
+        return watch
 
 
 class TestImages:

@@ -103,4 +103,4 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(ImageStudy, __doc__, Path(__file__).parent / "images" / "paths.yaml")
+    main(ImageStudy, __doc__, Path(__file__).parent / "image_model" / "paths.yaml")

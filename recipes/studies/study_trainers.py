@@ -8,7 +8,8 @@ Each is chosen in a study's YAML by ``trainer: {<name>: <value>}`` among a metho
 - ``exact_part: name``: exact weight gradients for one part of every block (``ExactPart``);
 - ``measured_updates: cosine``: gradients of a block times their measured cosine (``MeasuredUpdates``);
 - ``smaller_below: c``: gradients times c in the lower two thirds of the blocks (``SmallerBelow``);
-- ``random_signs: true``: the exact gradient and the star's error, its sign drawn for each step (``RandomSigns``).
+- ``random_signs: true``: the exact gradient and the star's error, its sign drawn for each step (``RandomSigns``);
+- ``map_kernel: 3``: maps of blocks as 3 x 3 convolutions (``MapKernel``).
 
 They count on one backward for each optimiser step.
 """
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from wide_maps import WideMaps
 
 from grape_hf import GrapeTrainer
 from grape_hf.core.blocks import find_blocks
@@ -245,6 +247,14 @@ class SmallerBelow(ScaledBlocks):
         return [float(self.value)] * (2 * len(self._weights) // 3)
 
 
+class MapKernel(StudyTrainer):
+    """Maps of blocks that see a square of positions (``wide_maps.py``); ``value`` is the number on a side."""
+
+    def _resume(self, run: Any) -> None:
+        super()._resume(run)
+        run.maps = run.feedback.maps = WideMaps(run.maps, self.value)
+
+
 TRAINERS: dict[str, type[StudyTrainer]] = {
     "late_stages": LateStages,
     "first_points": FirstPoints,
@@ -253,6 +263,7 @@ TRAINERS: dict[str, type[StudyTrainer]] = {
     "measured_updates": MeasuredUpdates,
     "smaller_below": SmallerBelow,
     "random_signs": RandomSigns,
+    "map_kernel": MapKernel,
 }
 
 
