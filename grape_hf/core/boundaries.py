@@ -140,7 +140,7 @@ class Boundaries:
             )
         otherwise = 'use feedback_sharing="position"'
         if h.ndim == 3 and self.layout.sharing != "none":  # positions share B_l already
-            otherwise = "have the blocks hand on (batch, positions, channels), where an nn.Conv1d has channels first"
+            otherwise = "have the blocks hand on (batch, positions, channels)"
         raise ValueError(
             f"feedback_sharing={self.layout.sharing!r} makes B_{index + 1} for samples of one size: expected "
             f"h_{index + 1}, the output of block {index + 1}, as vectors of {self.sizes[index]:,} numbers as at the "
@@ -159,7 +159,7 @@ class Boundaries:
         pooled = index in self.pooled or self.read_at is not None
         if mask is not None:  # an encoder's mask says nothing about the positions of its decoder
             return Pairing(self.layout, pooled, mask if index in self.pooled or not self.pooled else None)
-        padding = None if self.calls is None else self.calls.masks.padding(self.blocks[index], h)
+        padding = None if self.calls is None else self.calls.masks.padding(self.blocks[index], self.layout.tokens(h))
         return Pairing(self.layout, pooled, padding)
 
     def read_of(self, y: Tensor, padding: Tensor | None) -> Tensor | None:

@@ -12,14 +12,18 @@ auto        1 position, n            S positions, C                             
 ==========  =======================  ============================================  ===================
 
 ``grid`` cuts the map into g x g cells, each with a matrix of its own that all positions inside the cell share; g is the
-largest divisor of H (of W) that is no larger than ``cells``.
+largest divisor of H (of W) that is no larger than ``cells``. One-dimensional convolutions hand on ``(batch, C, S)``,
+and some Transformers ``(batch, H, W, C)``: these have the vectors of the same tokens, or maps (``channels_of``).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 FeedbackSharing = Literal["auto", "none", "position", "grid"]
 
@@ -30,20 +34,26 @@ class Layout:
 
     Args:
         sharing: see above.
-        channels_last: whether four-dimensional activations are ``(batch, H, W, C)`` (timm's Swin).
+        channels_last: whether four-dimensional activations are ``(batch, H, W, C)`` (Swin).
         cells: cells of the grid along each side, at most.
+        channels_first: whether three-dimensional activations are ``(batch, C, S)`` (``nn.Conv1d``).
     """
 
     sharing: FeedbackSharing = "auto"
     channels_last: bool = False
     cells: int = 4
+    channels_first: bool = False
+
+    def tokens(self, h: Tensor) -> Tensor:
+        """Return ``h`` with its positions in front of its channels, where it is of three dimensions."""
+        return h.mT if h.ndim == 3 and self.channels_first else h
 
     def vectors(self, h: Tensor) -> Tensor:
         """Return ``h`` as ``(batch, positions, n)``."""
         if h.ndim == 2:
             return h.unsqueeze(1)
         if h.ndim == 3 and self.sharing != "none":
-            return h
+            return self.tokens(h)
         if h.ndim != 4 or self.sharing in ("none", "auto"):
             return h.flatten(1).unsqueeze(1)
         maps = h.movedim(-1, 1) if self.channels_last else h
@@ -55,7 +65,7 @@ class Layout:
     def width(self, shape: torch.Size) -> int:
         """Return n, how long the vectors of an activation of ``shape`` are."""
         if len(shape) == 2 or (len(shape) == 3 and self.sharing != "none"):
-            return shape[-1]
+            return shape[1 if self.channels_first else -1]
         if len(shape) != 4 or self.sharing in ("none", "auto"):
             return shape[1:].numel()
         height, width, channels = shape[1:] if self.channels_last else (*shape[2:], shape[1])
@@ -63,6 +73,8 @@ class Layout:
 
     def restore(self, vectors: Tensor, shape: torch.Size) -> Tensor:
         """Return vectors ``(batch, positions, n)`` as an activation of ``shape``: the inverse of ``vectors``."""
+        if len(shape) == 3 and self.sharing != "none" and self.channels_first:
+            return vectors.mT
         if len(shape) != 4 or self.sharing in ("none", "auto"):
             return vectors.reshape(shape)
         batch, *sides = shape
@@ -79,6 +91,37 @@ class Layout:
 
 
 AUTO = Layout()
+
+
+def channels_of(outputs: Iterable[tuple[nn.Module, torch.Size]]) -> tuple[bool, bool]:
+    """Return ``channels_first`` and ``channels_last`` of a ``Layout``, by the modules of the blocks.
+
+    Convolutions make channels behind the batch, linear layers and layer norms make them in the last dimension. Three
+    dimensions have them last, and four behind the batch, unless only the others make as many in all blocks.
+
+    Args:
+        outputs: blocks, each with the shape of what it returns.
+    """
+    found: dict[int, list[tuple[bool, bool]]] = {3: [], 4: []}
+    for block, shape in outputs:
+        if len(shape) in found:
+            found[len(shape)].append(_made_by(block, shape))
+    first = bool(found[3]) and all(conv and not linear for conv, linear in found[3])
+    last = bool(found[4]) and all(linear and not conv for conv, linear in found[4])
+    return first, last
+
+
+def _made_by(block: nn.Module, shape: torch.Size) -> tuple[bool, bool]:
+    """Whether a convolution of the block makes as many channels as shape has second, and a linear layer as last."""
+    conv = linear = False
+    for module in block.modules():
+        if isinstance(module, _CONVOLUTIONS):
+            conv = conv or module.out_channels == shape[1]
+        elif isinstance(module, nn.Linear):
+            linear = linear or module.out_features == shape[-1]
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            linear = linear or module.normalized_shape[-1] == shape[-1]
+    return conv, linear
 
 
 def align_positions(e: Tensor, positions: int, pooled: bool = False) -> Tensor:

@@ -13,6 +13,7 @@ from grape_hf.core.blocks import ends
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.graph import Mark, in_backward, is_mark, marks_of, parameters_of
 from grape_hf.core.hooks import Hook
+from grape_hf.core.layout import channels_of
 
 
 class Watcher:
@@ -174,6 +175,11 @@ class Watcher:
     def copied(self) -> set[int]:
         """Boundaries whose h_l is changed in place by what reads it."""
         return {i for i in range(len(self.boundaries)) if self.made[i]._version > self.versions[i]}
+
+    @property
+    def channels(self) -> tuple[bool, bool]:
+        """Where blocks have their channels (``channels_of``)."""
+        return channels_of((self.boundaries.blocks[index], h.shape) for index, h in self.made.items())
 
     @property
     def around(self) -> bool:

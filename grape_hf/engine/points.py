@@ -6,6 +6,7 @@ does not suit the model is refused. Nothing here is remembered from step to step
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
@@ -71,14 +72,13 @@ class FeedbackPoints:
             agreed: says whether something holds on all ranks.
 
         Raises:
-            ValueError: if ``feedback_space="logits"`` and the model has no head, or another head beside it; if sweeps
-                correct the error at one output of the last block and the loss reads two.
+            ValueError: if ``feedback_space="logits"`` and the model has no head, another head beside it, or one whose
+                positions lie in another dimension; if sweeps correct the error at one output of the last block and
+                the loss reads two.
             RuntimeError: if the blocks do not run once each, in order, each on the output of the one before.
         """
         space = self.options.feedback_space or "auto"
-        # timm's way of saying that maps are (batch, H, W, C).
-        channels_last = any(str(getattr(m, "output_fmt", "")).endswith("NHWC") for m in self.model.modules())
-        layout = Layout(self.options.feedback_sharing or "auto", channels_last)
+        layout = Layout(self.options.feedback_sharing or "auto")
 
         def boundaries(output: nn.Module | None) -> Boundaries:
             readers = [list(found) for found in self._readers]
@@ -92,8 +92,20 @@ class FeedbackPoints:
             head = None
         at_head, at_hidden = boundaries(head), boundaries(None)
         seen = look(self.model, at_head, forward)
+        first, last = seen.channels
+        # timm's way of saying that maps are (batch, H, W, C).
+        last = last or any(str(getattr(m, "output_fmt", "")).endswith("NHWC") for m in self.model.modules())
+        at_head.layout = at_hidden.layout = replace(layout, channels_first=first, channels_last=last)
+        three = seen.logits is not None and seen.logits.ndim == 3
+        turned = first and three and not isinstance(head, nn.Conv1d)
+        if turned and space == "logits":
+            raise ValueError(
+                f'feedback_space="logits" pairs what the {type(head).__name__} makes, (batch, positions, classes), '
+                "with what blocks make, and one-dimensional convolutions make (batch, channels, positions). Use "
+                'feedback_space="hidden".'
+            )
         try:
-            logits = None if head is None or space == "hidden" else seen.at(at_head, numbers=not whole)
+            logits = None if head is None or turned or space == "hidden" else seen.at(at_head, numbers=not whole)
         except (OutputNotReachedError, BatchNotFirstError):  # not every loss calls the head, and calls it once
             if space == "logits":
                 raise

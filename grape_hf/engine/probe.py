@@ -133,7 +133,7 @@ class Look(Watcher):
                 boundaries.readers[index] = []
         vectors = boundaries.layout.vectors
         if boundaries.calls is not None and h:
-            boundaries.calls.masks.say_unmatched(boundaries.blocks[0], h[0])
+            boundaries.calls.masks.say_unmatched(boundaries.blocks[0], boundaries.layout.tokens(h[0]))
         return Probe(
             [vectors(t.detach())[:1, :1] for t in h],
             vectors(y.detach()).shape[-1],
@@ -194,7 +194,7 @@ class Look(Watcher):
         at_h, at_hidden, at_logits = self._gradients
         at_y = at_hidden if boundaries.hidden else at_logits
         if at_h is not None and boundaries.calls is not None and at_h.ndim == 3:
-            boundaries.calls.masks.learn(boundaries.blocks[0], at_h.ne(0).any(-1))
+            boundaries.calls.masks.learn(boundaries.blocks[0], boundaries.layout.tokens(at_h).ne(0).any(-1))
         pooled = self.logits is not None and self.logits.ndim == 2
         of_tokens = not pooled and any(t.ndim > 1 and positions in t.shape[1:] for t in self.labels)
         boundaries.read_at = None if at_y is None or of_tokens else read_position(boundaries.layout.vectors(at_y))

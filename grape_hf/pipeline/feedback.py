@@ -13,6 +13,7 @@ from torch import Tensor
 from grape_hf.core.alignment import inner_products
 from grape_hf.core.block_maps import chained
 from grape_hf.core.feedback import Feedback, FeedbackInit, initial_feedback, is_identity, normalize_columns
+from grape_hf.core.layout import channels_of
 from grape_hf.core.star import Matrix
 from grape_hf.engine.probe import read_position
 from grape_hf.pipeline.maps import StageMaps
@@ -217,7 +218,8 @@ def stage_feedback(
         ValueError: if blocks return something else than ``(batch, positions, n)`` of one size.
     """
     h = split.seen.h
-    if any(made.ndim != 3 or made.shape[1:] != h[-1].shape[1:] for made in h):
+    turned, _ = channels_of((block, h[number].shape) for number, block in split.blocks.items())
+    if turned or any(made.ndim != 3 or made.shape[1:] != h[-1].shape[1:] for made in h):
         shapes = sorted({tuple(made.shape[1:]) for made in h})
         raise ValueError(
             f'method="{options.method}" with pipeline_stages expects that all blocks return (batch, positions, n) of '

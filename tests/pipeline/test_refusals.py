@@ -1,6 +1,7 @@
 """What does not go with stages is refused when the Trainer is made, by the name of its setting."""
 
 import warnings
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,22 @@ class Shared(problems.PlainLanguageModel):
             block.up = self.blocks[0].up
 
 
+class ChannelsFirst(problems.PlainLanguageModel):
+    """Convolutions along the positions, as many of them as channels, which are in front of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolution = torch.nn.Conv1d(problems.WIDTH, problems.WIDTH, 3, padding=1)
+        self.blocks = torch.nn.ModuleList(torch.nn.Sequential(deepcopy(convolution), torch.nn.GELU()) for _ in range(3))
+
+    def forward(self, input_ids: Any, labels: Any = None) -> Any:
+        h = self.stem(input_ids).mT
+        for block in self.blocks:
+            h = block(h)
+        logits = self.readout(h.mT)
+        return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
+
+
 GPT2 = stages.gpt2()
 # By what the message names: options, and the model where it is not GPT-2.
 REFUSED: dict[str, tuple[dict[str, Any], Any]] = {
@@ -83,6 +100,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Any]] = {
     "fallback": ({"method": "dfa", "fallback": "bp", "alignment_steps": 1}, GPT2),
     "pipeline_split='3,2'": ({"pipeline_split": "3,2"}, GPT2),
     "pipeline_stages=2: the model has 1 blocks": ({}, lambda: problems.PlainLanguageModel(blocks=1)),
+    "expects that all blocks return (batch, positions, n)": ({"method": "grape"}, ChannelsFirst),
     "an encoder-decoder": ({}, t5),
     "blocks 2 to 3": ({}, Skipping),
     "middle runs between blocks.0": ({}, Between),
