@@ -1,156 +1,17 @@
 """Every option of GrAPE, with its help text: the manual page.
 
 An option that is not given stays None in the arguments. ``resolved`` fills it in once the model is known: with what the
-method implies (``METHOD_OPTIONS``), else with the value of ``grape_preset``. A value that is not allowed, and options
-that contradict each other, are refused when the arguments are made.
+method implies, else with the value of ``grape_preset`` (``presets.py``). A value that is not allowed, and options that
+contradict each other, are refused when the arguments are made (``option_checks.py``).
 """
 
-import dataclasses
-import math
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
 
 from transformers import TrainingArguments
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "recommended": {
-        "feedback_points": 0,
-        "feedback_space": "auto",
-        "feedback_sharing": "auto",
-        "feedback_init": "auto",
-        "feedback_rule": "local",
-        "feedback_path": "matrix",
-        "feedback_sweeps": 0,
-        "feedback_lr": 0.02,
-        "feedback_normalize": False,
-        "jvp_mode": "auto",
-        "jvp_scope": "network",
-        "jvp_passes": "joint",
-        "jvp_fraction": 0.25,
-        "jvp_steps": 1,
-        "perturbation_space": "activation",
-        "calibration_strategy": "no",
-        "calibration_interval": 1.0,
-        "calibration_refit": False,
-    },
-    "paper": {
-        "feedback_points": 0,
-        "feedback_space": "auto",
-        "feedback_sharing": "auto",
-        "feedback_init": "gaussian",
-        "feedback_rule": "cosine",
-        "feedback_path": "matrix",
-        "feedback_sweeps": 0,
-        "feedback_lr": 0.1,
-        "feedback_normalize": True,
-        "jvp_mode": "dual",
-        "jvp_scope": "network",
-        "jvp_passes": "joint",
-        "jvp_fraction": 1.0,
-        "jvp_steps": 1,
-        "perturbation_space": "auto",
-        "calibration_strategy": "epoch",
-        "calibration_interval": 1.0,
-        "calibration_refit": False,
-    },
-}
-# One point in the middle, as more of them cost accuracy on ResNet-20; B_l from zero, with the Jacobian's own size, as
-# columns of unit length are far too long for networks without norms (recipes/studies/LOG.md).
-PRESETS["convnet"] = PRESETS["recommended"] | {
-    "feedback_points": 1,
-    "feedback_init": "zero",
-    "feedback_rule": "lms",
-    "feedback_lr": 0.3,
-    "jvp_fraction": 1.0,
-    "jvp_steps": 4,
-}
-# Where blocks have shortcut connections that is no better than no feedback at all. Down the shortcut path the lower
-# blocks learn; one sweep, and maps of what the path leaves out, bring it near to backpropagation (LOG.md).
-PRESETS["resnet"] = PRESETS["recommended"] | {
-    "feedback_space": "hidden",
-    "feedback_sharing": "position",
-    "feedback_path": "shortcut",
-    "feedback_sweeps": 1,
-}
-
-# Whoever gives one of these options of an estimate, and no rule, gets a rule that makes one.
-_OF_ESTIMATES = ("jvp_mode", "jvp_scope", "jvp_passes", "jvp_fraction", "perturbation_space", "calibration_refit")
-
-# Methods without a star, a class each (``grape_hf/methods``).
-BASELINES = ("fa", "forward_gradient", "pepita")
-_BY_MATRIX = {"feedback_path": "matrix", "feedback_sweeps": 0}
-# What a method implies; it wins over the preset, and a value given wins over both.
-METHOD_OPTIONS: dict[str, dict[str, Any]] = {
-    "dfa": {"feedback_init": "gaussian", **_BY_MATRIX},
-    "fdfa": {
-        **_BY_MATRIX,
-        "feedback_points": 0,
-        "feedback_space": "logits",
-        "feedback_init": "zero",
-        "feedback_rule": "ema",
-        "feedback_lr": 1e-4,
-        "feedback_normalize": False,
-        "jvp_mode": "dual",
-        "jvp_passes": "joint",
-        "jvp_fraction": 1.0,
-        "jvp_steps": 1,
-        "perturbation_space": "activation",
-        "calibration_strategy": "no",
-    },
-    "dkp": {
-        **_BY_MATRIX,
-        "feedback_points": 0,
-        "feedback_space": "logits",
-        "feedback_init": "gaussian",
-        "feedback_lr": 1.0,
-        "feedback_normalize": False,
-        "calibration_strategy": "no",
-    },
-    **{
-        method: _BY_MATRIX | {"feedback_points": 0, "calibration_strategy": "no", "perturbation_space": "activation"}
-        for method in BASELINES
-    },
-}
-# Whoever gives one of these chooses between the presets for convolutional networks.
-_RESNETS_OWN = {*_OF_ESTIMATES, *(k for k, v in PRESETS["resnet"].items() if v != PRESETS["convnet"][k])}
-# Methods whose B_l learn from estimates of the Jacobians.
-ESTIMATING = ("grape", "fdfa")
-
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers that an option may be, in the annotation of its field: argparse would not take it in the metadata.
-
-    Attributes:
-        kind: ``int`` or ``float``.
-        low: the lowest that is allowed; with ``above`` the number must be higher.
-        high: the highest.
-        above: whether ``low`` itself is not allowed.
-        infinite: whether infinity is allowed.
-    """
-
-    kind: type
-    low: float
-    high: float = math.inf
-    above: bool = False
-    infinite: bool = False
-
-    def read(self, name: str, value: Any) -> Any:
-        """Return a value as a number of this kind: YAML reads 1e-3 as a string.
-
-        Raises:
-            ValueError: for no number, or one out of range.
-        """
-        try:
-            number = self.kind(value)
-            valid = not isinstance(value, bool) and number == float(value) and self.low <= number <= self.high
-            if valid and (number > self.low or not self.above) and (math.isfinite(number) or self.infinite):
-                return number
-        except (TypeError, ValueError, OverflowError):
-            pass
-        lowest = f"{'above' if self.above else 'at least'} {self.low}"
-        limit = f"{lowest} and finite" if self.high == math.inf else f"{lowest} and at most {self.high}"
-        raise ValueError(f"{name}={value!r}: expected {'a whole' if self.kind is int else 'a'} number, {limit}.")
+from grape_hf.option_checks import Range, check_combinations, check_values
+from grape_hf.presets import PRESETS, filled
 
 
 def _option(name: str, help_text: str) -> Any:
@@ -395,133 +256,18 @@ class GrapeArgumentsMixin:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, and go on with the arguments mixed with."""
-        self._check_values()
+        check_values(self, GrapeArgumentsMixin)
         if any(getattr(self, name) is None for name in PRESETS["recommended"]):
-            resolved(
-                self
-            )  # what contradicts itself does so whatever the model: `auto`'s presets differ in no such option
+            resolved(self)  # whatever the model: `auto`'s presets differ in no option that could contradict another
         else:
-            self._check_combinations()
-        parent = getattr(super(), "__post_init__", None)
-        if parent is not None:
+            check_combinations(self)
+        if (parent := getattr(super(), "__post_init__", None)) is not None:
             parent()
-
-    def _check_values(self) -> None:
-        hints = get_type_hints(GrapeArgumentsMixin, include_extras=True)
-        for option in dataclasses.fields(GrapeArgumentsMixin):
-            name, hint, value = option.name, hints[option.name], getattr(self, option.name)
-            if value is None and option.default is None:
-                continue
-            allowed = [choice for part in (hint, *get_args(hint)) for choice in _choices(part)]
-            if allowed and value not in allowed:
-                raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}.")
-            for limits in (part for part in get_args(hint) if isinstance(part, Range)):
-                setattr(self, name, limits.read(name, value))
-        if not isinstance(self.blocks, str | None):
-            raise ValueError(f"blocks={self.blocks!r}: expected names in one string, separated by commas, or None.")
-        if not isinstance(self.pipeline_split, str | None):
-            raise ValueError(f"pipeline_split={self.pipeline_split!r}: expected numbers in one string, as in '7,5'.")
-        if self.pipeline_split is not None and self.pipeline_stages == 1:
-            raise ValueError(
-                f"pipeline_split={self.pipeline_split!r} says how many blocks each stage gets, and there is one: set "
-                "pipeline_stages."
-            )
-        for name in ("feedback_normalize", "calibration_refit"):
-            if not isinstance(getattr(self, name), bool | None):
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False.")
-
-    def _check_combinations(self) -> None:
-        if self.method == "bp":
-            return
-        if self.method in BASELINES:
-            self._check_baseline()
-            return
-        if self.method == "fdfa" and self.feedback_rule != "ema":
-            raise ValueError(
-                f'method="fdfa" learns by feedback_rule="ema", got {self.feedback_rule!r}. For another rule use '
-                'method="grape".'
-            )
-        if self.method in ESTIMATING and self.feedback_rule != "cosine" and (self.feedback_lr or 0.0) > 1:
-            raise ValueError(
-                f"feedback_lr={self.feedback_lr}: expected at most 1 for feedback_rule={self.feedback_rule!r}, "
-                "which a higher rate drives away from what it learns."
-            )
-        if self.learns_by_maps and self.calibration_refit:
-            raise ValueError(
-                'calibration_refit=True fits B_l, which feedback_rule="local" makes of the maps of blocks. Set '
-                "calibration_refit=False."
-            )
-        if self.feedback_path == "shortcut" and not (self.method == "dfa" or self.learns_by_maps):
-            raise ValueError(
-                f'feedback_path="shortcut" leaves the rest to matrices that learn from backwards, or to none: expected '
-                f'feedback_rule="local" or method="dfa", got method={self.method!r}'
-                + (f" and feedback_rule={self.feedback_rule!r}." if self.method == "grape" else ".")
-            )
-        if self.jvp_scope == "block" and (self.method != "grape" or self.feedback_rule not in ("lms", "ema")):
-            raise ValueError(
-                'jvp_scope="block" estimates the Jacobian of each block: expected method="grape" and '
-                f'feedback_rule="lms" or "ema", got {self.method!r} and {self.feedback_rule!r}.'
-            )
-        if self.jvp_scope == "block" and (self.jvp_passes != "joint" or self.calibration_refit):
-            raise ValueError(
-                'jvp_scope="block" makes one pass for all blocks, and B_l is the product of their maps: expected '
-                f'jvp_passes="joint" and calibration_refit=False, got {self.jvp_passes!r} and {self.calibration_refit}.'
-            )
-        if self.feedback_path == "shortcut" and self.calibration_refit:
-            raise ValueError(
-                'calibration_refit=True fits B_l to whole gradients, of which feedback_path="shortcut" leaves it a '
-                "part. Set calibration_refit=False."
-            )
-        if self.feedback_sweeps and self.method not in ("dfa", "grape"):
-            raise ValueError(
-                f'feedback_sweeps={self.feedback_sweeps}: expected 0 with method={self.method!r}, or method="dfa" or '
-                '"grape".'
-            )
-        if self.method in ESTIMATING and self.perturbation_space != "activation" and self.feedback_rule != "cosine":
-            raise ValueError(
-                f"perturbation_space={self.perturbation_space!r} estimates a direction, not the Jacobian, which only "
-                f'feedback_rule="cosine" can use; got feedback_rule={self.feedback_rule!r}. Use '
-                'perturbation_space="activation".'
-            )
-        if self.calibration_strategy == "steps" and self.calibration_interval != int(self.calibration_interval or 0):
-            raise ValueError(
-                'calibration_strategy="steps" counts optimiser steps: expected a whole calibration_interval, got '
-                f"{self.calibration_interval}."
-            )
-        watching = {"calibration_strategy": "adaptive", "fallback": self.fallback if self.fallback != "no" else None}
-        for name, value in watching.items():
-            if getattr(self, name) == value and self.method not in ESTIMATING and not self.alignment_steps:
-                raise ValueError(
-                    f'{name}="{value}" watches the alignment, and method="{self.method}" makes no estimate of it. Set '
-                    f"alignment_steps to measure the exact one, or use another {name.removeprefix('calibration_')}."
-                )
-        if self.calibration_refit and self.calibration_strategy == "no":
-            raise ValueError(
-                "calibration_refit=True fits B_l at calibration steps, and there are none: set calibration_strategy."
-            )
 
     @property
     def learns_by_maps(self) -> bool:
         """Whether each block learns a map of its own, without an estimate."""
         return self.method == "grape" and self.feedback_rule == "local"
-
-    def _check_baseline(self) -> None:
-        found = self.calibration_strategy, self.calibration_refit, self.alignment_steps, self.fallback
-        if found != ("no", False, 0, "no"):
-            raise ValueError(
-                f'method="{self.method}" has no feedback matrices to calibrate or measure: expected '
-                'calibration_strategy="no", calibration_refit=False, alignment_steps=0 and fallback="no", got '
-                f"{found[0]!r}, {found[1]}, {found[2]} and {found[3]!r}. Leave them out."
-            )
-        if self.method == "forward_gradient" and self.perturbation_space == "auto":
-            raise ValueError(
-                'method="forward_gradient" perturbs one space for all blocks: expected '
-                "perturbation_space='activation' or 'weight', got 'auto'."
-            )
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if getattr(hint, "__origin__", None) is Literal else ()
 
 
 @dataclass
@@ -548,23 +294,7 @@ def resolved(options: GrapeArgumentsMixin, convolutional: bool = False, shortcut
         ValueError: if options contradict each other.
     """
     given = {option.name: getattr(options, option.name) for option in _FIELDS}
-    if options.grape_preset == "auto":
-        own = any(given[name] is not None and given[name] is not False for name in _RESNETS_OWN)
-        resnet = shortcuts and options.method == "grape" and not own
-        given["grape_preset"] = ("resnet" if resnet else "convnet") if convolutional else "recommended"
-    implied = PRESETS[given["grape_preset"]] | METHOD_OPTIONS.get(options.method, {})
-    if options.method == "dfa" and (options.feedback_path or implied["feedback_path"]) == "shortcut":
-        implied["feedback_init"] = "zero"  # of what is added to the path
-    if implied["feedback_rule"] in ("local", "lms"):
-        asked = {name: given[name] for name in _OF_ESTIMATES if given[name] not in (None, False)}
-        if asked and asked != {"jvp_mode": "auto"}:
-            implied["feedback_rule"] = "lms"
-        elif options.method == "grape" and options.feedback_path == "shortcut":
-            implied["feedback_rule"] = "local"
-    if options.method == "grape" and given["grape_preset"] != "paper":  # a map learns at next to no cost
-        implied["jvp_steps"] = 1 if (options.feedback_rule or implied["feedback_rule"]) == "local" else 4
-    missing = {name: value for name, value in implied.items() if given[name] is None}
-    return GrapeArgumentsMixin(**given | missing)
+    return GrapeArgumentsMixin(**filled(given, convolutional, shortcuts))
 
 
-_FIELDS = dataclasses.fields(GrapeArgumentsMixin)
+_FIELDS = fields(GrapeArgumentsMixin)

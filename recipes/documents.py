@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import rooms
 
-from grape_hf.training_args import PRESETS, GrapeArgumentsMixin
+from grape_hf.presets import PRESETS
+from grape_hf.training_args import GrapeArgumentsMixin
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {int: "whole number", float: "number", bool: "`True`, `False`"}

@@ -12,7 +12,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from grape_hf import GrapeArgumentsMixin, GrapeTrainingArguments
-from grape_hf.training_args import PRESETS, options_of, resolved
+from grape_hf.presets import PRESETS
+from grape_hf.training_args import options_of, resolved
 
 FIELDS = {f.name: f for f in dataclasses.fields(GrapeArgumentsMixin)}
 HINTS = get_type_hints(GrapeArgumentsMixin)

@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from grape_hf.core.blocks import ends
 from grape_hf.engine.run import GrapeRun
+from grape_hf.presets import ESTIMATING
 from grape_hf.reports.progress import chosen_preset
-from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
+from grape_hf.training_args import GrapeArgumentsMixin
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from grape_hf.engine import state
 from grape_hf.engine.run import GrapeRun
 from grape_hf.engine.state import FEEDBACK_NAME, STATE_NAME
-from grape_hf.training_args import BASELINES, GrapeArgumentsMixin
+from grape_hf.presets import BASELINES
+from grape_hf.training_args import GrapeArgumentsMixin
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base  # a mixin's methods may call what the Trainer beside it has

@@ -20,7 +20,8 @@ from grape_hf.core.layout import Layout
 from grape_hf.core.shortcut import shortcuts_of
 from grape_hf.engine.probe import BatchNotFirstError, Probe, look
 from grape_hf.engine.ranks import is_sharded
-from grape_hf.training_args import BASELINES, GrapeArgumentsMixin, options_of, resolved
+from grape_hf.presets import BASELINES
+from grape_hf.training_args import GrapeArgumentsMixin, options_of, resolved
 
 logger = logging.getLogger(__name__)
 

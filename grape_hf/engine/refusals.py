@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from grape_hf.core.isolation import is_compiled
 from grape_hf.engine.parallelism import refuse_parallelism
-from grape_hf.training_args import BASELINES, GrapeArgumentsMixin
+from grape_hf.presets import BASELINES
+from grape_hf.training_args import GrapeArgumentsMixin
 
 if TYPE_CHECKING:
     from transformers import Trainer

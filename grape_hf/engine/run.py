@@ -33,7 +33,8 @@ from grape_hf.engine.points import FeedbackPoints, options_for
 from grape_hf.engine.ranks import ALONE, Ranks, is_sharded
 from grape_hf.engine.starts import Starts
 from grape_hf.engine.step import BackwardRule
-from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
+from grape_hf.presets import ESTIMATING
+from grape_hf.training_args import GrapeArgumentsMixin
 
 
 class GrapeRun:
@@ -72,8 +73,7 @@ class GrapeRun:
         restartable: bool = False,
         rule: BackwardRule | None = None,
     ) -> None:
-        options = options_for(model, options)
-        self.model, self.options, self.seed = model, options, seed
+        self.model, self.options, self.seed = model, (options := options_for(model, options)), seed
         self.ranks, self.restartable, self.rule, self.sharded = ranks, restartable, rule, is_sharded(model)
         self._points = FeedbackPoints(model, options)
         self.block_names, self.blocks = self._points.names, self._points.blocks

@@ -12,7 +12,8 @@ from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.feedback import FeedbackInit, initial_feedback
 from grape_hf.core.shortcut import shortcut_feedback
 from grape_hf.engine.probe import Probe
-from grape_hf.training_args import ESTIMATING, GrapeArgumentsMixin
+from grape_hf.presets import ESTIMATING
+from grape_hf.training_args import GrapeArgumentsMixin
 
 logger = logging.getLogger(__name__)
 

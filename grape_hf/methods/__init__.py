@@ -1,7 +1,7 @@
 r"""The methods that GrAPE is compared with, one module each; its docstring says what the paper prescribes.
 
 Two kinds. ``fdfa`` and ``dkp`` are GrAPE's star with other learning of B_l: a choice of options
-(``training_args.METHOD_OPTIONS``), and for ``dkp`` a rule of its own. ``fa``, ``forward_gradient`` and ``pepita``
+(``presets.METHOD_OPTIONS``), and for ``dkp`` a rule of its own. ``fa``, ``forward_gradient`` and ``pepita``
 have no feedback matrices that are learned; each is a class with one method, ``step``, a context manager around the
 stock forward and backward of one micro-batch. Outside it the model is untouched, and there is nothing to save: all
 draws are functions of the seed.

@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy
 
+from grape_hf.presets import BASELINES
 from grape_hf.reports.log_names import PRESET
-from grape_hf.training_args import BASELINES, GrapeArgumentsMixin, options_of
+from grape_hf.training_args import GrapeArgumentsMixin, options_of
 
 # What is shown of the log, and what it is called on the bar and in the table. The estimate is made more often.
 _ALIGNMENT = ("grape/alignment/estimate/mean", "grape/alignment/exact/mean")

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from grape_hf import GrapeTrainer
 from grape_hf.engine.points import options_for
-from grape_hf.training_args import PRESETS
+from grape_hf.presets import PRESETS
 from grape_hf.vision import image_classifier
 
 LABELS = list("abcde")

@@ -11,7 +11,8 @@ from test_trainer import CHECKPOINTING
 from torch import nn
 
 from grape_hf import GrapeArgumentsMixin
-from grape_hf.training_args import BASELINES, METHOD_OPTIONS, resolved
+from grape_hf.presets import BASELINES, METHOD_OPTIONS
+from grape_hf.training_args import resolved
 
 METHODS: dict[str, dict[str, Any]] = {
     "fa": {"method": "fa"},
