@@ -306,13 +306,31 @@ class OwnHead(GrapeTrainer):
         return F.cross_entropy(self.head(states[:, 0]), inputs["labels"])
 
 
-def test_a_head_outside_the_model_is_seen_by_the_first_error(tmp_path):
+def headless() -> tuple[BertModel, list[dict[str, Tensor]]]:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    model = BertModel(config, add_pooling_layer=False)
+    data = [{"input_ids": torch.randint(1, 30, (6,)), "labels": torch.tensor(i % 2)} for i in range(8)]
+    return BertModel(config, add_pooling_layer=False), data
+
+
+@pytest.mark.parametrize("sweeps", [0, 1])
+def test_what_a_map_saw_of_the_first_error_is_not_learned(sweeps, tmp_path):
+    """It was paired with e of its own position, where all positions get the error of one from now on."""
+    model, data = headless()
+    options = {"max_steps": 1, "remove_unused_columns": False, "feedback_lr": 0.5, "feedback_sweeps": sweeps}
+    trainer = OwnHead(model, arguments(tmp_path, **options), train_dataset=data)
+    trainer.head = nn.Linear(16, 2)
+    trainer.train()
+    below, last = trainer._run.maps.G
+    assert torch.equal(last, torch.eye(16) / 6)
+    assert not torch.equal(below, torch.eye(16))
+
+
+def test_a_head_outside_the_model_is_seen_by_the_first_error(tmp_path):
+    model, data = headless()
     got: list[Tensor] = []
 
     def watch(module: nn.Module, args: Any, output: Any) -> None:
@@ -321,7 +339,6 @@ def test_a_head_outside_the_model_is_seen_by_the_first_error(tmp_path):
             h.register_hook(lambda g: got.append(g.clone()))
 
     model.encoder.layer[0].register_forward_hook(watch)
-    data = [{"input_ids": torch.randint(1, 30, (6,)), "labels": torch.tensor(i % 2)} for i in range(8)]
     args = arguments(tmp_path, max_steps=3, method="dfa", feedback_init="identity", remove_unused_columns=False)
     trainer = OwnHead(model, args, train_dataset=data)
     trainer.head = nn.Linear(16, 2)

@@ -89,7 +89,10 @@ class BroadcastMode(FollowingMode):
         if refinement.learn or self.keep == "e and deltas":
             maps = refinement.maps if refinement.learn else None
             kept = forward.sent if self.keep == "e and deltas" else None
-            lesson = Lesson(maps, follows=refinement.sweeps == 0, kept=kept)
+            corrected = refinement.sweeps > 0
+            # Behind a boundary that is not cut a sweep shows what two blocks do, and the step's backward each of them.
+            follows = not corrected or (any(b is None for b in self.B) and not refinement.path)
+            lesson = Lesson(maps, follows, corrected, refinement.path, kept)
         return Star(lesson, refinement.sweeps, refinement.path, refinement.maps, self.boundaries.around)
 
     def recomputation(self) -> "BroadcastMode":

@@ -20,7 +20,8 @@ class Delta:
     Attributes:
         vectors: at the positions that are looked at, ``(batch, positions, n)``.
         pairing: how positions of h_l and of e go together.
-        exact: whether it is the gradient that the block behind has computed, and not what maps made of e.
+        exact: whether it is not what maps made of e: the gradient that the block behind has computed, or corrected by
+            sweeps.
     """
 
     vectors: Tensor
@@ -36,12 +37,16 @@ class Lesson:
 
     Attributes:
         maps: what learns; None where deltas are only kept.
-        follows: whether v comes from the backward of the step; after sweeps it is known before.
+        follows: whether v comes from the backward of the step; else from the first sweep, before it.
+        corrected: whether sweeps correct the deltas that the blocks get.
+        rest: whether the maps stand for what the shortcut path leaves out, which only the deltas that they made show.
         kept: where the deltas of all boundaries are put, to be looked at afterwards; None if nobody will.
     """
 
     maps: BlockMaps | None = None
     follows: bool = True
+    corrected: bool = False
+    rest: bool = False
     kept: dict[int, Tensor] | None = None
     _e: Tensor | None = None
     _deltas: dict[int, Delta] = field(default_factory=dict)
@@ -52,8 +57,13 @@ class Lesson:
         if self.kept is not None:
             self.kept[index] = delta
         if self.maps is not None and self.follows:
-            self._e, self._deltas[index] = e, self.delta(delta, pairing)
+            self._e, self._deltas[index] = e, replace(self.delta(delta, pairing), exact=self.corrected)
             self._both(index)
+
+    @property
+    def by_sweep(self) -> bool:
+        """Whether maps learn from what the first sweep shows."""
+        return self.maps is not None and not self.follows
 
     def passed(self, index: int, delta: Tensor, pairing: Pairing, e: Tensor) -> None:
         """Note the exact gradient that flows through a boundary that is not cut."""
@@ -102,5 +112,7 @@ class Lesson:
         else:
             return
         of_maps = not (here.exact or there.exact)
+        if self.rest and not of_maps:
+            return
         predicted = here.vectors if of_maps else self.maps.apply(index, there.vectors)
         self.maps.observe(index, self.maps.sampled(vectors), there.vectors, predicted)

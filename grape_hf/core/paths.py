@@ -5,9 +5,8 @@ Of a block :math:`h_l = r(s(h_{l-1}) + f(h_{l-1}))` with branch f, shortcut s an
 one, the mask of a ReLU and a transposed 1 x 1 convolution in a ResNet. It is cheap, exact, linear in the error, and
 needs nothing learned.
 
-The path is read off the graph that the forward has built. From the output of a block it leads backwards; at a sum it
-takes the side from which the input is nearer, and what the sum sends there is what it sends to the other side, where it
-can be asked for alone.
+The path is read off the graph that the forward has built. From the output of a block it leads backwards; at a sum (or
+difference) it takes the side from which the input is nearer, and only what the sum itself sends there.
 """
 
 import math
@@ -18,20 +17,30 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+_SUMS = {"AddBackward": 1, "SubBackward": -1}  # by what the second of the two is multiplied, beside alpha
+
 
 @dataclass
 class Junction:
     """A sum on the path.
 
     Attributes:
-        branch: the side that is left out; its gradient is that of the sum.
+        sum: the sum itself.
         shortcut: the side that the path takes.
+        factor: what that side is multiplied by (``torch.add(x, y, alpha=...)``).
         direct: whether nothing lies between the sum and where the path was before.
     """
 
-    branch: GradientEdge
+    sum: GradientEdge
     shortcut: GradientEdge
+    factor: float
     direct: bool
+
+    def passes(self, delta: Tensor) -> Tensor:
+        """Return what the sum sends to the shortcut of its own gradient, as the shortcut's type and shape are."""
+        side = self.shortcut.node._input_metadata[self.shortcut.output_nr]
+        sent = (delta if self.factor == 1 else delta * self.factor).to(side.dtype)
+        return sent if sent.shape == tuple(side.shape) else sent.sum_to_size(side.shape)
 
 
 def pull_back(output: Tensor, cut: Tensor, delta: Tensor) -> Tensor | None:
@@ -50,8 +59,8 @@ def pull_back(output: Tensor, cut: Tensor, delta: Tensor) -> Tensor | None:
     where: Tensor | GradientEdge = output
     for junction in junctions:
         if not junction.direct:
-            delta = _gradient(where, junction.branch, delta)
-        where = junction.shortcut
+            delta = _gradient(where, junction.sum, delta)
+        delta, where = junction.passes(delta), junction.shortcut
     if junctions[-1].shortcut.node is not end.node:
         delta = _gradient(where, cut, delta)
     return delta.to(cut.dtype)
@@ -74,12 +83,14 @@ def find_junctions(start: GradientEdge, end: GradientEdge) -> list[Junction]:
         if len(edges) == 1:
             node, direct = edges[0].node, False
             continue
-        if len(edges) != 2 or not node.name().startswith("AddBackward"):
+        sign = next((s for name, s in _SUMS.items() if node.name().startswith(name)), None)
+        if len(edges) != 2 or sign is None:
             return []
         shortcut, branch = sorted(edges, key=lambda edge: distance[edge.node])
         if distance[shortcut.node] == distance[branch.node]:
             return []
-        junctions.append(Junction(branch, shortcut, direct))
+        factor = 1 if shortcut is edges[0] else sign * node._saved_alpha  # type: ignore[attr-defined]  # of such nodes
+        junctions.append(Junction(GradientEdge(node, 0), shortcut, factor, direct))
         node, direct = shortcut.node, True
     return junctions
 

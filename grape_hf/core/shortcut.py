@@ -1,14 +1,17 @@
 r"""The Jacobian of a residual network's shortcut path alone, as a start for the feedback.
 
 With every residual branch at zero, block l is its shortcut: the identity, a projection where sizes change, and what
-comes after the sum. Then :math:`B_l = (dy/dh_l)^\top` of that network, averaged over samples (and positions). Where h_l
-and y are of one size and nothing but the identity lies between them, that is the identity matrix.
+comes after the sum. Then :math:`B_l = (dy/dh_l)^\top` of that network, averaged over samples and positions that are no
+padding, and y at the positions that the loss reads. Where h_l and y are of one size and nothing but the identity lies
+between them, that is the identity matrix. Batch norms on the way have the statistics of these samples, as constants.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.isolation import isolated
@@ -18,7 +21,11 @@ SHORTCUTS = ("downsample", "shortcut", "downsampling_layer")
 
 
 def shortcut_feedback(
-    model: nn.Module, boundaries: Boundaries, forward: Callable[[], object], names: Sequence[str]
+    model: nn.Module,
+    boundaries: Boundaries,
+    forward: Callable[[], object],
+    names: Sequence[str],
+    chain: Sequence[nn.Module] | None = None,
 ) -> list[Tensor]:
     """Return B_1 .. B_{L-1}, each ``(n_l, n_y)``, of the shortcut path alone.
 
@@ -29,11 +36,13 @@ def shortcut_feedback(
         boundaries: not attached to it at present.
         forward: runs the model on a sample or more, the more the better: the Jacobian is averaged over them.
         names: of the blocks, for the message.
+        chain: all blocks, where there is not a boundary behind each.
 
     Raises:
         ValueError: if a block has no shortcut, so that nothing of its input arrives at y.
     """
-    branches = [p for block in boundaries.blocks[1:] for p in _branch(block)]
+    chain = boundaries.blocks if chain is None else chain
+    branches = [p for block in chain[chain.index(boundaries.blocks[0]) + 1 :] for p in _branch(block)]
     values = [p.detach().clone() for p in branches]
     h: list[Tensor] = []
 
@@ -45,15 +54,23 @@ def shortcut_feedback(
         with torch.no_grad():
             for p in branches:
                 p.zero_()
-        with isolated(model), torch.enable_grad(), boundaries.attached(), boundaries.perturb(keep) as passed:
+        with ExitStack() as stack:
+            stack.enter_context(isolated(model))
+            stack.enter_context(_constant_statistics(model, forward))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(boundaries.attached())
+            passed = stack.enter_context(boundaries.perturb(keep))
             forward()
         assert passed.y is not None
-        y = boundaries.layout.vectors(passed.y).sum((0, 1))  # (n_y,)
+        pairings = [boundaries.pairing(index, activation) for index, activation in enumerate(h)]
+        y = boundaries.layout.vectors(passed.y)
+        read = boundaries.read_of(passed.y, pairings[-1].padding)
+        y = (y if read is None else y * read.to(y)[..., None]).sum((0, 1))  # (n_y,)
         rows: list[list[Tensor]] = [[] for _ in h]
         for k in range(len(y)):
             gradients = torch.autograd.grad(y[k], h, retain_graph=True, materialize_grads=True)
-            for row, gradient in zip(rows, gradients, strict=True):
-                row.append(boundaries.layout.vectors(gradient).mean((0, 1)))
+            for row, gradient, pairing in zip(rows, gradients, pairings, strict=True):
+                row.append(_mean(boundaries.layout.vectors(gradient), pairing.padding))
     finally:
         with torch.no_grad():
             for p, value in zip(branches, values, strict=True):
@@ -71,6 +88,36 @@ def shortcut_feedback(
 def shortcuts_of(block: nn.Module) -> list[nn.Module]:
     """Return the modules on a block's shortcut connections, by the names that timm and transformers give them."""
     return [m for name, m in block.named_modules() if name.split(".")[-1] in SHORTCUTS]
+
+
+def _mean(vectors: Tensor, padding: Tensor | None) -> Tensor:
+    """The mean of ``(batch, positions, n)`` where there is no padding."""
+    if padding is None or padding.shape != vectors.shape[:2]:
+        return vectors.mean((0, 1))
+    there = (padding != 0).to(vectors)
+    return (vectors * there[..., None]).sum((0, 1)) / there.sum().clamp(min=1)
+
+
+@contextmanager
+def _constant_statistics(model: nn.Module, forward: Callable[[], object]) -> Iterator[None]:
+    """Have batch norms use the statistics of this forward as constants; to be called inside ``isolated``.
+
+    Through batch statistics the gradient of a sum over all samples and positions is zero.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
+    before = [norm.momentum for norm in norms]
+    try:
+        if norms:
+            for norm in norms:
+                norm.momentum = 1.0
+            with torch.no_grad():
+                forward()
+        for norm in norms:
+            norm.training = False
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.training, norm.momentum = True, momentum
 
 
 def _branch(block: nn.Module) -> list[nn.Parameter]:

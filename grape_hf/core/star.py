@@ -229,7 +229,7 @@ class Star:
             if number == 0 or all_read:
                 outputs, errors = [*outputs, self.y], [*errors, e.to(self.y.dtype)]
             inputs = [self.arms[index].cut for index in below]
-            lesson = self.lesson if number == 0 and self.lesson is not None and self.lesson.maps is not None else None
+            lesson = self.lesson if number == 0 and self.lesson is not None and self.lesson.by_sweep else None
             # From the deltas before they are corrected, which are what the maps have made.
             made = {i: lesson.delta(d, self.arms[i].pairing) for i, d in deltas.items()} if lesson else {}
             with self._aside():
@@ -262,8 +262,10 @@ class Star:
 
     def _coarse(self, index: int, above: int, change: Tensor) -> Tensor | None:
         """Return C_l of the change of the delta above."""
-        if self.maps is None and not self.path:
-            return change if change.shape == self.arms[index].h.shape else None
+        if self.maps is None and not self.path:  # no shortcut leads out of an encoder
+            arm = self.arms[index]
+            alike = change.shape == arm.h.shape and arm.pairing.pooled == self.arms[above].pairing.pooled
+            return change if alike else None
         parts = [self._pull(index, above, change) if self.path else None]
         if self.maps is not None and self.maps.sources[index] == above:
             parts.append(self._by_map(index, change))

@@ -54,8 +54,10 @@ class FirstError:
         boundaries.read_at = found
         matrices = feedback.learned
         starts = [is_identity(b) for b in matrices]
-        if feedback.maps is not None:  # of maps only one that takes e is of other pairs now
+        if feedback.maps is not None:  # of maps only one that takes e is of other pairs now, and what it has seen
             starts = [start and s is None for start, s in zip(starts, feedback.maps.sources, strict=True)]
+            for index in (i for i, source in enumerate(feedback.maps.sources) if source is None):
+                feedback.maps.sums.pop(index, None)
         shared = [b / self._positions if start else b for b, start in zip(matrices, starts, strict=True)]
         feedback.put(self.ranks.first(shared))
         return True

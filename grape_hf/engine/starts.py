@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grape_hf.core.block_maps import BlockMaps, map_sources
+from grape_hf.core.blocks import find_blocks
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.feedback import FeedbackInit, initial_feedback
 from grape_hf.core.shortcut import shortcut_feedback
@@ -72,7 +73,8 @@ class Starts:
                     'feedback_init="identity" takes the weights of the residual branches away for a while where h_l '
                     'and y differ in size, and FSDP2 shards them. Use feedback_init="gaussian" or "zero", or DDP.'
                 )
-            return shortcut_feedback(self.model, boundaries, forward, self.names)
+            chain = list(find_blocks(self.model, self.options.blocks).values())
+            return shortcut_feedback(self.model, boundaries, forward, self.names, chain)
         generator = torch.Generator().manual_seed(seed)
         inits = [of_encoder or init if index in pooled else init for index in range(total)]
         # One error for all positions: on the shortcut path each has its share of it.

@@ -17,7 +17,7 @@ has the same.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,22 @@ _UNSERVED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 _OTHER_PRODUCTS = {
     *("matmul", "__matmul__", "__rmatmul__", "mm", "mv", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "tensordot"),
     *("bilinear", "multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu"),
+    *("_grouped_mm", "grouped_mm", "_scaled_mm"),
 }
+# What leaves a part of a parameter a part of it: rows of one matrix of many, another shape or type.
+_PARTS: tuple[str, ...] = (
+    "Select",
+    "Slice",
+    "Index",
+    "Gather",
+    "Unbind",
+    "Split",
+    "Transpose",
+    "Permute",
+    "TBackward",
+    "View",
+)
+_PARTS += ("Reshape", "Unsafe", "Expand", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Alias")
 
 
 class FeedbackAlignment:
@@ -89,6 +104,8 @@ class FeedbackAlignment:
         if B is None:
             if func is torch.addmm or not call.weight.requires_grad:
                 return None
+            if (name := self._part_of(call.weight)) is not None:
+                self._refuse_product(func, name)
             raise ValueError(
                 f'method="fa" met a call of {func.__name__} whose weight, {tuple(call.weight.shape)}, is computed and '
                 "no parameter of the model, so there is no fixed matrix for it. Use layers without weight norm or "
@@ -99,11 +116,25 @@ class FeedbackAlignment:
     def refuse_other_products(self, func: Any, operands: Any) -> None:
         """Raise ValueError if a parameter is multiplied with in a way that is not routed."""
         for t in tree_leaves(operands):
-            if isinstance(t, Tensor) and (name := self._names.get(id(t)) or self._names.get(id(t._base))):
-                raise ValueError(
-                    f'method="fa" met {func.__name__} with the parameter {name}. It knows linear and convolutional '
-                    "layers (F.linear, F.conv2d, ...): write the product as one, or use another method."
-                )
+            if isinstance(t, Tensor) and (name := self._part_of(t)) is not None:
+                self._refuse_product(func, name)
+
+    def _part_of(self, t: Tensor) -> str | None:
+        """Return the name of the parameter that ``t`` is, or is a part of; experts are parts of one."""
+        if name := self._names.get(id(t)) or self._names.get(id(t._base)):
+            return name
+        node = t.grad_fn
+        while node is not None and node.name().startswith(_PARTS):
+            node = node.next_functions[0][0]
+        return self._names.get(id(getattr(node, "variable", None)))
+
+    @staticmethod
+    def _refuse_product(func: Any, name: str) -> NoReturn:
+        raise ValueError(
+            f'method="fa" met {func.__name__} with the parameter {name}, or a part of it. It knows linear and '
+            "convolutional layers (F.linear, F.conv2d, ...) with a weight of their own: write the product as one, or "
+            "use another method."
+        )
 
 
 class _Routing(TorchFunctionMode):

@@ -67,6 +67,38 @@ def test_a_post_norm_transformer_keeps_its_norms():
     torch.testing.assert_close(pull_back(h, x, delta), expected)
 
 
+# A block of h, its branch f and a norm n; each holds the branch's values, and drops its gradient, by f(h.detach()).
+SUMS = {
+    "scaled branch": lambda h, f, n: n(torch.add(h, f(h), alpha=0.1)),
+    "scaled shortcut": lambda h, f, n: torch.add(f(h), h, alpha=0.5),
+    "scaled shortcut below a norm": lambda h, f, n: n(torch.add(f(h), h, alpha=0.5)),
+    "the branch is taken off": lambda h, f, n: n(h - f(h)),
+    "the shortcut is taken off": lambda h, f, n: n(torch.sub(f(h), h, alpha=2.0)),
+    "in place": lambda h, f, n: n((h * 1.0).add_(f(h), alpha=0.3)),
+    "one for all positions": lambda h, f, n: n(h + f(h.mean(1, keepdim=True))),
+    "one for all positions, at the end": lambda h, f, n: h + f(h.mean(1, keepdim=True)),
+    "one number a position": lambda h, f, n: torch.tanh(h + f(h)[..., :1]),
+    "the shortcut is one for all": lambda h, f, n: n(h.mean(1, keepdim=True) * 1.0 + f(torch.sin(torch.cos(n(h))))),
+    "three": lambda h, f, n: n(f(h) + (f(2 * h) + h)),
+    "two sums": lambda h, f, n: n(torch.add(n(torch.add(h, f(h), alpha=0.2)), f(n(h)), alpha=0.3)),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sum_sends_the_shortcut_its_share(name):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6)).double()
+    norm = nn.LayerNorm(6).double()
+    x = torch.randn(3, 4, 6, **DOUBLE).requires_grad_() * 1
+    h = SUMS[name](x, layers, norm)
+    delta = torch.randn_like(h)
+    at = x.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(SUMS[name](at, lambda t: layers(t).detach(), norm), at, delta)
+    got = pull_back(h, x, delta)
+    assert got is not None
+    torch.testing.assert_close(got, expected)
+
+
 def test_a_plain_chain_has_no_shortcut():
     block = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     x = torch.randn(3, 4).requires_grad_() * 1

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from problems import GPT2
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -190,6 +191,35 @@ def test_an_encoder_under_a_decoder_is_swept_too():
         got = gradients(model, loss)
     block = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
     torch.testing.assert_close(got[block], expected[block], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_no_shortcut_leads_from_a_decoder_to_its_encoder(sweeps):
+    """Also where source and target are as long: a source trains as the same with a padded position."""
+    config = T5Config(
+        vocab_size=31, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = AutoModelForSeq2SeqLM.from_config(config).double()
+    x, labels = torch.randint(1, 31, (3, 5)), torch.randint(1, 31, (3, 5))
+    mask = torch.ones(3, 5).long()
+    blocks = list(find_blocks(model).values())
+    encoder, decoder = blocks[:2], blocks[2:]
+    found = []
+    for pads in (0, 1):
+        source, there = F.pad(x, (0, pads)), F.pad(mask, (0, pads))
+        boundaries = Boundaries(blocks, pooled={0, 1}, readers=[[encoder[1]], decoder, [decoder[1]]])
+
+        def loss(source: Tensor = source, there: Tensor = there) -> Tensor:
+            return model(input_ids=source, attention_mask=there, labels=labels).loss
+
+        probe(model, boundaries, loss)
+        B = [torch.zeros(WIDTH, WIDTH, **DOUBLE)] * 3
+        with boundaries.attached(), boundaries.broadcast(B, refinement=Refinement(sweeps=sweeps)):
+            found.append(gradients(model, loss))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-10, atol=1e-14, msg=name)
 
 
 def test_activation_checkpointing_changes_nothing():

@@ -10,6 +10,7 @@ from digits import ConvNet, batch, odd_net, plain_net
 from problems import gpt2
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from grape_hf import GrapeArgumentsMixin
 from grape_hf.engine.step import MicroBatch
@@ -143,6 +144,21 @@ class Product(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return h @ self.weight.t()
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm", "eager"])
+def test_experts_in_one_tensor_are_refused(experts: str):
+    """They would learn by backpropagation, and so would all below them."""
+    config = MixtralConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    model.set_experts_implementation(experts)
+    x = torch.randint(31, (2, 8))
+    fa = FeedbackAlignment(model, OPTIONS)
+    with pytest.raises(ValueError, match=r"parameter model.layers.0.mlp.experts.gate_up_proj, or a part of it"):
+        gradients(model, {"input_ids": x, "labels": x}, fa)
 
 
 def test_what_it_cannot_route_is_refused():
