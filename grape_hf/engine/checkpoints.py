@@ -4,7 +4,8 @@ The Trainer writes ``trainer_state.json`` as the last file of a checkpoint. Here
 one: it is taken away before a checkpoint is written over, and it appears in one piece (an atomic rename) when every
 other file has reached the disk, and before older checkpoints are deleted. So a run that is killed at any moment has
 its last complete checkpoint. No file is added that a stock Trainer does not know, and a save that was cut short under
-a stock Trainer is told apart by the same mark.
+a stock Trainer is told apart by the same mark. While a save is under way its folder has the file by which transformers
+marks those made on SIGTERM: a folder that still has it may be deleted, and one without, such as weights alone, not.
 
 What GrAPE itself keeps in a checkpoint (``run.py``) has a list of the files with tensors and their sizes besides, by
 which a copy that lost a file is found out.
@@ -16,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,8 @@ else:
 
 logger = logging.getLogger(__name__)
 
-# transformers writes it into a checkpoint made on SIGTERM, and takes it away afterwards (trainer_jit_checkpoint.py).
+# transformers writes it into a checkpoint made on SIGTERM, and takes it away afterwards (trainer_jit_checkpoint.py); so
+# do we in all.
 _JIT_SENTINEL = "checkpoint-is-incomplete.txt"
 _TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 
@@ -60,7 +62,9 @@ class CheckpointMixin(_Base):
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         discard = bool(self.args.save_total_limit)
-        with complete_save(folder, self.state, discard) if self.args.should_save else nullcontext():
+        own = self._resumed_from is not None and self._resumed_from.resolve() == folder.resolve()
+        others = () if own else (FEEDBACK_NAME, STATE_NAME)  # of an earlier run in the same folder
+        with complete_save(folder, self.state, discard, others) if self.args.should_save else nullcontext():
             super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -72,7 +76,7 @@ class CheckpointMixin(_Base):
         super()._save_optimizer_and_scheduler(output_dir)
         if not self.args.should_save or self.grape_options.method in ("bp", *BASELINES):
             return
-        if self._run is not None and self._run.started:
+        if self._run is not None and self.feedback:  # also behind the end of a training, as after an interrupt
             state.save(self._run, Path(output_dir), self.state.global_step != self._run.current_step)
         elif self._resumed_from is not None and self._resumed_from.resolve() != Path(output_dir).resolve():
             # On SIGTERM, before the first step: what the run resumed from is what it has.
@@ -106,7 +110,9 @@ class CheckpointMixin(_Base):
 
 
 @contextmanager
-def complete_save(folder: Path, state: TrainerState, discard: bool = False) -> Iterator[None]:
+def complete_save(
+    folder: Path, state: TrainerState, discard: bool = False, others: Collection[str] = ()
+) -> Iterator[None]:
     """Enclose the writing of one checkpoint, of which ``state.save_to_json`` writes the last file.
 
     Args:
@@ -114,9 +120,13 @@ def complete_save(folder: Path, state: TrainerState, discard: bool = False) -> I
         state: the Trainer's state.
         discard: delete the leftovers of interrupted saves beside it as soon as this one is complete, so that a
             rotation does not count them as checkpoints.
+        others: names of files of an earlier checkpoint in that folder that this one may lack.
     """
 
     def save_to_json(path: str) -> None:
+        if Path(path).resolve().parent != folder.resolve():  # ``save_state`` of a user's own, somewhere else
+            TrainerState.save_to_json(state, path)
+            return
         _list_files(folder)
         for file in folder.rglob("*"):
             _sync(file)
@@ -133,6 +143,10 @@ def complete_save(folder: Path, state: TrainerState, discard: bool = False) -> I
                 shutil.rmtree(other, ignore_errors=True)
 
     (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _JIT_SENTINEL).write_text("A save is under way, or was interrupted.", encoding="utf-8")
+    for name in others:
+        (folder / name).unlink(missing_ok=True)
     state.save_to_json = save_to_json
     try:
         yield
@@ -221,7 +235,7 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _interrupted(folder: Path) -> bool:
-    return not (folder / TRAINER_STATE_NAME).exists() or (folder / _JIT_SENTINEL).exists()
+    return (folder / _JIT_SENTINEL).exists()
 
 
 def _is_json(file: Path) -> bool:

@@ -3,6 +3,7 @@
 Oracles: the files of an undisturbed save, byte for byte; a run that was never stopped, bit for bit.
 """
 
+import json
 import os
 import re
 import shutil
@@ -18,11 +19,12 @@ from helpers import OnEvent, assert_same, logged, make_trainer, train, weights
 from killed import run_killed
 from problems import GPT2
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from grape_hf import GrapeTrainer
-from grape_hf.engine.checkpoints import checkpoint_to_resume, faults, last_checkpoint
+from grape_hf.engine.checkpoints import checkpoint_to_resume, complete_save, faults, last_checkpoint
+from grape_hf.engine.state import FEEDBACK_NAME, STATE_NAME
 
 STEADY = {"lr_scheduler_type": "constant"}  # runs of another length are then the same run
 SAVED = {"save_strategy": "steps", "save_steps": 5} | STEADY
@@ -145,13 +147,62 @@ def test_a_stock_trainers_interrupted_save_is_told_apart_too(tmp_path):
 def test_leftovers_are_not_counted_as_checkpoints(saved):
     """A rotation would keep an interrupted checkpoint-14 as the most recent one, and delete the complete ones."""
     left = Path(shutil.copytree(saved / "checkpoint-10", saved / "checkpoint-14"))
-    (left / "trainer_state.json").unlink()
+    with pytest.raises(OSError, match="full"), complete_save(left, TrainerState()):
+        raise OSError("the disk is full")
     os.utime(left, (time.time() + 1000,) * 2)
     more = SAVED | LEARNED | {"save_steps": 4}
     train(GPT2, saved, resume=True, **more | {"max_steps": 12})
     assert {c.name for c in saved.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (5, 10, 12, 14)}
     train(GPT2, saved, resume=True, **more | {"max_steps": 13, "save_total_limit": 1})
     assert {c.name for c in saved.glob("checkpoint-*")} == {"checkpoint-13"}
+
+
+@pytest.mark.parametrize("method", ["bp", "grape"])
+def test_weights_alone_are_no_leftovers(method, tmp_path):
+    """A rotation counts them as the stock Trainer's does; nothing that is no interrupted save is deleted beside it."""
+    for number in (1000, 2000):
+        GPT2.model().save_pretrained(tmp_path / f"checkpoint-{number}")
+    train(GPT2, tmp_path, method=method, save_total_limit=4, **SAVED)
+    assert {c.name for c in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (5, 10, 1000, 2000)}
+
+
+@pytest.mark.parametrize("method", ["bp", "grape"])
+def test_a_users_own_save_of_the_state_ends_no_save(method, tmp_path):
+    class Eager(GrapeTrainer):
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            super().save_model(output_dir, _internal_call)
+            self.save_state()
+            assert last_checkpoint(tmp_path) != output_dir
+
+    train(GPT2, tmp_path, Eager, method=method, save_total_limit=2, **SAVED)
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 10
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize("later", [{"method": "bp"}, {"method": "fa"}, {"save_only_model": True}], ids=str)
+def test_feedback_of_an_earlier_run_in_the_same_folder_is_gone(later, saved):
+    assert (saved / "checkpoint-10" / FEEDBACK_NAME).exists()
+    train(GPT2, saved, **SAVED | later)
+    assert not {FEEDBACK_NAME, STATE_NAME} & {f.name for f in (saved / "checkpoint-10").iterdir()}
+
+
+@pytest.mark.parametrize("resume", [None, "checkpoint-5"])
+def test_a_checkpoint_behind_an_interrupt_has_the_runs_feedback(resume, saved, tmp_path):
+    """``except KeyboardInterrupt: trainer._save_checkpoint(...)``; not that of the checkpoint that it resumed from."""
+    options = LEARNED | {"save_strategy": "no"}
+    stopped = make_trainer(GPT2, tmp_path / "stopped", max_steps=15, **options)
+
+    def interrupt(state: TrainerState, **_: object) -> None:
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+
+    stopped.add_callback(OnEvent("step_end", interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train(resume_from_checkpoint=None if resume is None else str(saved / resume))
+    stopped._save_checkpoint(stopped.model, trial=None)
+    straight = train(GPT2, tmp_path / "straight", max_steps=15, **options)
+    more = train(GPT2, tmp_path / "more", max_steps=15, resume=str(tmp_path / "stopped" / "checkpoint-8"), **options)
+    assert_same(weights(more), weights(straight))
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
