@@ -5,18 +5,18 @@ position is such a layer.
 """
 
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from helpers import arguments, assert_same, weights
 from torch import Tensor, nn
 
 from grape_hf import GrapeTrainer
-from grape_hf.core.layout import channels_of
+from grape_hf.core.channels import Channels
 
 CHANNELS, POSITIONS, SAMPLES = 6, 4, 8
 
@@ -153,6 +153,26 @@ def test_lengths_that_vary(tmp_path: Path):
     assert_same(first, last, rtol=1e-4, atol=1e-5)
 
 
+def test_a_convolution_as_head_of_tokens(tmp_path: Path):
+    """Its logits are (batch, classes, positions), also where there are fewer positions than channels."""
+
+    class Tagger(Network):
+        def __init__(self) -> None:
+            super().__init__((POSITIONS,), False, False)
+            self.classifier = nn.Conv1d(CHANNELS, 5, 1)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            h = self.stem(x)
+            for layer in self.layers:
+                h = layer(h)
+            logits = self.classifier(h.mT)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    data = samples(POSITIONS, False, False)
+    by_layer = trained(tmp_path, Network((POSITIONS,), False, False), data, feedback_space="hidden")
+    assert_same(trained(tmp_path, Tagger(), data), by_layer, rtol=1e-4, atol=1e-5)
+
+
 def test_logits_in_another_order_than_the_blocks_channels(tmp_path: Path):
     """There the error is measured at the last block."""
     data = samples(POSITIONS, False, False)
@@ -160,32 +180,126 @@ def test_logits_in_another_order_than_the_blocks_channels(tmp_path: Path):
         trained(tmp_path, Network((POSITIONS,), True, False), data, feedback_space=s) for s in ("auto", "hidden")
     )
     assert_same(chosen, hidden, rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"makes, \(batch, positions, classes\).*\(batch, channels, positions\)"):
+    with pytest.raises(
+        ValueError, match=r"\(batch, positions, channels\) of the one.*\(batch, channels, positions\) of"
+    ):
         trained(tmp_path, Network((POSITIONS,), True, False), data, feedback_space="logits")
 
 
-def test_who_makes_the_channels():
-    class Conformer(nn.Module):
-        """Attention's layers and a convolution along the positions."""
+class Conformer(nn.Module):
+    """Attention's layers and a convolution along the positions."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.conv = nn.LayerNorm(6), nn.Conv1d(6, 6, 3)
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.LayerNorm(6), nn.Conv1d(6, 6, 3, padding=1)
 
-    def mixer(tokens: int) -> nn.Module:
-        """A convolution whose channels are positions, as in gMLP."""
-        return nn.Sequential(nn.Linear(6, 6), nn.Conv1d(tokens, tokens, 1))
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(self.norm(x).mT).mT
 
-    conv1, conv2 = nn.Conv1d(6, 6, 3), nn.Conv2d(6, 6, 3)
-    three, four = torch.Size((2, 6, 8)), torch.Size((2, 6, 8, 8))
-    square = torch.Size((2, 6, 6))
-    assert channels_of([(conv1, three)] * 2) == (True, False)
-    assert channels_of([(conv1, square)]) == (True, False)
-    for block, shape in product((Conformer(), mixer(8), nn.Linear(6, 6)), (torch.Size((2, 8, 6)), square)):
-        assert channels_of([(block, shape)]) == (False, False)
-    assert channels_of([(conv1, three), (nn.Linear(8, 8), three)]) == (False, False)
-    assert channels_of([(conv2, four)]) == (False, False)
-    assert channels_of([(nn.Linear(8, 8), four)] * 2) == (False, True)
-    # ConvNeXt's blocks have both, and maps with as many columns as channels say nothing.
-    assert channels_of([(nn.Sequential(conv2, nn.Linear(24, 6)), torch.Size((2, 6, 6, 6)))]) == (False, False)
-    assert channels_of([(conv1, three), (nn.Linear(6, 6), torch.Size((2, 6)))]) == (True, False)
+
+class ConvNext(nn.Module):
+    """A convolution along the positions, and then layers on channels in the last dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.layer = nn.Conv1d(6, 6, 3, padding=1, groups=6), nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(self.norm(self.conv(x).mT)).mT
+
+
+class Excited(nn.Module):
+    """A convolution whose channels are weighed by linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.layer = nn.Conv1d(6, 6, 3, padding=1), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x * torch.sigmoid(self.layer(x.mean(-1)))[..., None]
+
+
+class Gated(nn.Module):
+    """Twice as many channels inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(6, 12, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.glu(self.conv(x), dim=1)
+
+
+class Half(nn.Module):
+    """A convolution on half of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=1)
+        return torch.cat([a, self.conv(b)], dim=1)
+
+
+class Mixer(nn.Module):
+    """A convolution whose channels are positions, as in gMLP."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.layer, self.mix = nn.Linear(6, 6), nn.Conv1d(positions, positions, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(self.layer(x))
+
+
+class NextLast(nn.Module):
+    """ConvNeXt's block on (batch, H, W, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer, self.conv = nn.LayerNorm(6), nn.Linear(6, 6), nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(self.layer(self.norm(x)).movedim(-1, 1)).movedim(1, -1)
+
+
+@pytest.mark.parametrize("positions", [8, CHANNELS])
+def test_who_makes_the_channels(positions: int):
+    def found(*blocks: nn.Module, first: bool, sides: int = 1) -> tuple[bool, bool]:
+        shape = [positions] * sides
+        x = torch.randn(2, CHANNELS, *shape) if first else torch.randn(2, *shape, CHANNELS)
+        channels, read = Channels(blocks), {}
+        with channels.watched():
+            for index, block in enumerate(blocks):
+                read[index] = x.shape
+                x = block(x)
+        assert all(not block._forward_pre_hooks for block in nn.ModuleList(blocks).modules())
+        return channels.found(read)
+
+    for kind in (ConvNext, Excited, Gated, Half, lambda: nn.Conv1d(6, 6, 3, padding=1), lambda: nn.GroupNorm(2, 6)):
+        assert found(kind(), kind(), first=True) == (True, False), kind
+    for block in (
+        Conformer(),
+        Mixer(positions),
+        nn.Linear(6, 6),
+        nn.TransformerEncoderLayer(6, 2, 8, batch_first=True),
+    ):
+        assert found(block, block, first=False) == (False, False), block
+    # Where blocks have no module that tells, the others do.
+    assert found(nn.GELU(), nn.Conv1d(6, 6, 1), nn.Tanh(), first=True) == (True, False)
+    assert found(nn.GELU(), nn.Tanh(), first=True) == (False, False)
+    assert found(nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1), first=True, sides=2) == (False, False)
+    assert found(NextLast(), NextLast(), first=False, sides=2) == (False, True)
+    assert found(nn.Conv3d(6, 6, 1), first=True, sides=3) == (False, False)
+    assert found(nn.Linear(6, 6), first=False, sides=3) == (False, True)
+
+
+def test_layer_norms_of_maps_have_their_channels_behind_the_batch():
+    block = timm.create_model("convnext_atto").stages[1].blocks[0]
+    x = torch.randn(2, 80, 8, 8)
+    channels = Channels([block, block])
+    with channels.watched():
+        block(x)
+    assert channels.found({0: x.shape}) == (False, False)

@@ -316,6 +316,44 @@ def headless() -> tuple[BertModel, list[dict[str, Tensor]]]:
     return BertModel(config, add_pooling_layer=False), data
 
 
+@pytest.mark.parametrize("ignored", ["one sample", "all samples of the first batch"])
+def test_samples_without_an_error_say_nothing_of_where_the_loss_reads(ignored, tmp_path):
+    """The next batch says it; until then nothing has been learned."""
+    model, data = headless()
+    for row in data[: 1 if ignored == "one sample" else 4]:
+        row["labels"] = torch.tensor(-100)
+
+    class Summed(OwnHead):
+        def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            states = model(input_ids=inputs["input_ids"]).last_hidden_state
+            return F.cross_entropy(self.head(states[:, 0]), inputs["labels"], reduction="sum")
+
+    options = {"method": "dfa", "feedback_init": "identity", "remove_unused_columns": False, "max_steps": 2}
+    options |= {"train_sampling_strategy": "sequential"}
+    trainer = Summed(model, arguments(tmp_path, **options), train_dataset=data)
+    trainer.head = nn.Linear(16, 2)
+    trainer.train()
+    assert trainer._run.boundaries.read_at == "first"
+    assert torch.equal(trainer.feedback[0], torch.eye(16) / 6)
+
+
+def test_an_identity_is_shared_by_positions_that_are_no_padding(tmp_path):
+    """Whoever computes the loss: the model is looked at before, the Trainer's loss is seen by its first error."""
+
+    class Masked(GrapeTrainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            states = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+            return F.cross_entropy(self.head(states[:, 0]), inputs["labels"])
+
+    model, data = headless()
+    data = [row | {"attention_mask": (torch.arange(6) < 2 + i % 2).long()} for i, row in enumerate(data)]
+    options = {"method": "dfa", "feedback_init": "identity", "remove_unused_columns": False, "max_steps": 1}
+    trainer = Masked(model, arguments(tmp_path, per_device_train_batch_size=8, **options), train_dataset=data)
+    trainer.head = nn.Linear(16, 2)
+    trainer.train()
+    torch.testing.assert_close(trainer.feedback[0], torch.eye(16) / 2.5)
+
+
 @pytest.mark.parametrize("sweeps", [0, 1])
 def test_what_a_map_saw_of_the_first_error_is_not_learned(sweeps, tmp_path):
     """It was paired with e of its own position, where all positions get the error of one from now on."""

@@ -86,6 +86,14 @@ def test_calibration_and_fallback_go_on(tmp_path):
     assert logged(run, "grape/fallback/blocks")[-1][1] >= 1
 
 
+@pytest.mark.parametrize("more", [{"feedback_sweeps": 1}, {"feedback_path": "shortcut"}, {}], ids=str)
+def test_a_calibration_step_measures_what_a_star_would_send(more, tmp_path):
+    """It shows B_l e beside the exact deltas; of sweeps and paths it shows nothing, and the guards see nothing."""
+    options = LOCAL | {"calibration_strategy": "steps", "calibration_interval": 2} | more
+    found = logged(train(GPT2, tmp_path, max_steps=4, **options), "grape/alignment/exact/mean", at_all=not more)
+    assert bool(found) == (not more)
+
+
 def test_a_gradient_that_is_no_number_leaves_the_maps_as_they_were(tmp_path):
     class Breaking(GrapeTrainer):
         def compute_loss(self, *args, **kwargs):

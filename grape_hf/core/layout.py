@@ -12,18 +12,17 @@ auto        1 position, n            S positions, C                             
 ==========  =======================  ============================================  ===================
 
 ``grid`` cuts the map into g x g cells, each with a matrix of its own that all positions inside the cell share; g is the
-largest divisor of H (of W) that is no larger than ``cells``. One-dimensional convolutions hand on ``(batch, C, S)``,
-and some Transformers ``(batch, H, W, C)``: these have the vectors of the same tokens, or maps (``channels_of``).
+largest divisor of H (of W) that is no larger than ``cells``. Volumes are maps with one side more. One-dimensional
+convolutions hand on ``(batch, C, S)``, and some Transformers ``(batch, H, W, C)``: these have the vectors of the same
+tokens, or maps (``channels.py``).
 """
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+from torch import Tensor
 
 FeedbackSharing = Literal["auto", "none", "position", "grid"]
 
@@ -34,7 +33,7 @@ class Layout:
 
     Args:
         sharing: see above.
-        channels_last: whether four-dimensional activations are ``(batch, H, W, C)`` (Swin).
+        channels_last: whether maps and volumes are ``(batch, H, W, C)`` (Swin).
         cells: cells of the grid along each side, at most.
         channels_first: whether three-dimensional activations are ``(batch, C, S)`` (``nn.Conv1d``).
     """
@@ -54,34 +53,37 @@ class Layout:
             return h.unsqueeze(1)
         if h.ndim == 3 and self.sharing != "none":
             return self.tokens(h)
-        if h.ndim != 4 or self.sharing in ("none", "auto"):
+        if h.ndim < 4 or self.sharing in ("none", "auto"):
             return h.flatten(1).unsqueeze(1)
         maps = h.movedim(-1, 1) if self.channels_last else h
-        batch, channels, height, width = maps.shape
-        rows, columns = self._cells(height), self._cells(width)
-        maps = maps.reshape(batch, channels, rows, height // rows, columns, width // columns)
-        return maps.permute(0, 3, 5, 1, 2, 4).reshape(batch, -1, channels * rows * columns)
+        batch, channels, *sides = maps.shape
+        cells = [self._cells(side) for side in sides]
+        parts = [n for side, k in zip(sides, cells, strict=True) for n in (k, side // k)]
+        maps = maps.reshape(batch, channels, *parts)  # (batch, C, g, H/g, g, W/g)
+        inside, between = range(3, maps.ndim, 2), range(2, maps.ndim, 2)
+        return maps.permute(0, *inside, 1, *between).reshape(batch, -1, channels * math.prod(cells))
 
     def width(self, shape: torch.Size) -> int:
         """Return n, how long the vectors of an activation of ``shape`` are."""
         if len(shape) == 2 or (len(shape) == 3 and self.sharing != "none"):
             return shape[1 if self.channels_first else -1]
-        if len(shape) != 4 or self.sharing in ("none", "auto"):
+        if len(shape) < 4 or self.sharing in ("none", "auto"):
             return shape[1:].numel()
-        height, width, channels = shape[1:] if self.channels_last else (*shape[2:], shape[1])
-        return channels * self._cells(height) * self._cells(width)
+        *sides, channels = shape[1:] if self.channels_last else (*shape[2:], shape[1])
+        return channels * math.prod(map(self._cells, sides))
 
     def restore(self, vectors: Tensor, shape: torch.Size) -> Tensor:
         """Return vectors ``(batch, positions, n)`` as an activation of ``shape``: the inverse of ``vectors``."""
         if len(shape) == 3 and self.sharing != "none" and self.channels_first:
             return vectors.mT
-        if len(shape) != 4 or self.sharing in ("none", "auto"):
+        if len(shape) < 4 or self.sharing in ("none", "auto"):
             return vectors.reshape(shape)
-        batch, *sides = shape
-        height, width, channels = sides if self.channels_last else (*sides[1:], sides[0])
-        rows, columns = self._cells(height), self._cells(width)
-        maps = vectors.reshape(batch, height // rows, width // columns, channels, rows, columns)
-        maps = maps.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels, height, width)
+        *sides, channels = shape[1:] if self.channels_last else (*shape[2:], shape[1])
+        cells, d = [self._cells(side) for side in sides], len(sides)
+        inside = [side // k for side, k in zip(sides, cells, strict=True)]
+        maps = vectors.reshape(shape[0], *inside, channels, *cells)
+        order = [place for k in range(d) for place in (d + 2 + k, 1 + k)]
+        maps = maps.permute(0, d + 1, *order).reshape(shape[0], channels, *sides)
         return maps.movedim(1, -1) if self.channels_last else maps
 
     def _cells(self, side: int) -> int:
@@ -91,37 +93,6 @@ class Layout:
 
 
 AUTO = Layout()
-
-
-def channels_of(outputs: Iterable[tuple[nn.Module, torch.Size]]) -> tuple[bool, bool]:
-    """Return ``channels_first`` and ``channels_last`` of a ``Layout``, by the modules of the blocks.
-
-    Convolutions make channels behind the batch, linear layers and layer norms make them in the last dimension. Three
-    dimensions have them last, and four behind the batch, unless only the others make as many in all blocks.
-
-    Args:
-        outputs: blocks, each with the shape of what it returns.
-    """
-    found: dict[int, list[tuple[bool, bool]]] = {3: [], 4: []}
-    for block, shape in outputs:
-        if len(shape) in found:
-            found[len(shape)].append(_made_by(block, shape))
-    first = bool(found[3]) and all(conv and not linear for conv, linear in found[3])
-    last = bool(found[4]) and all(linear and not conv for conv, linear in found[4])
-    return first, last
-
-
-def _made_by(block: nn.Module, shape: torch.Size) -> tuple[bool, bool]:
-    """Whether a convolution of the block makes as many channels as shape has second, and a linear layer as last."""
-    conv = linear = False
-    for module in block.modules():
-        if isinstance(module, _CONVOLUTIONS):
-            conv = conv or module.out_channels == shape[1]
-        elif isinstance(module, nn.Linear):
-            linear = linear or module.out_features == shape[-1]
-        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            linear = linear or module.normalized_shape[-1] == shape[-1]
-    return conv, linear
 
 
 def align_positions(e: Tensor, positions: int, pooled: bool = False) -> Tensor:

@@ -32,23 +32,33 @@ class FirstError:
 
     def __init__(self, sharded: bool, ranks: Ranks) -> None:
         self.sharded, self.ranks = sharded, ranks
-        self.seen, self.taken, self._positions = False, False, 1
+        self.seen, self.taken, self._positions = False, False, 1.0
         self._found: ReadAt | None = None
 
     def see(self, boundaries: Boundaries, e: Tensor | None, labels: Any) -> None:
-        """Look at e, in the shape of y."""
-        self.seen = True
+        """Look at e, in the shape of y; one that is zero everywhere (labels that are ignored) says nothing yet."""
         if boundaries.read_at is not None or e is None or self.sharded:
+            self.seen = True
+            return
+        self.seen = bool(e.any())
+        if not self.seen:
             return
         vectors = boundaries.layout.vectors(e)
-        self._positions = vectors.shape[1]
-        of_tokens = isinstance(labels, Tensor) and labels.ndim > 1 and self._positions in labels.shape[1:]
+        batch, positions = vectors.shape[:2]
+        padding = boundaries.pairing(len(boundaries) - 1, e).padding
+        there = None if padding is None or padding.shape != (batch, positions) else padding.count_nonzero()
+        self._positions = positions if there is None else max(1.0, float(there / batch))
+        of_tokens = isinstance(labels, Tensor) and labels.ndim > 1 and positions in labels.shape[1:]
         self._found = None if of_tokens else read_position(vectors)
 
     def take(self, boundaries: Boundaries, feedback: Feedback) -> bool:
-        """Pair errors so from the next step on: a step's micro-batches are paired alike. Return whether that is new."""
-        found, self._found = self.as_first_rank(self._found, feedback.B[0].device), None
-        self.taken = True
+        """Pair errors so from the next step on: a step's micro-batches are paired alike. Return whether that is new.
+
+        Where rank 0 has seen none yet, the next step's is waited for.
+        """
+        device = feedback.B[0].device
+        self.taken = bool(self.ranks.first([number_for_ranks(int(self.seen), device)])[0])
+        found, self._found = self.as_first_rank(self._found, device), None
         if found is None or boundaries.read_at is not None:
             return False
         boundaries.read_at = found

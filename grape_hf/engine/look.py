@@ -11,9 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from grape_hf.core import nested
 from grape_hf.core.blocks import ends
 from grape_hf.core.boundaries import Boundaries
+from grape_hf.core.channels import Channels
 from grape_hf.core.graph import Mark, in_backward, is_mark, marks_of, parameters_of
 from grape_hf.core.hooks import Hook
-from grape_hf.core.layout import channels_of
 
 
 class Watcher:
@@ -57,6 +57,8 @@ class Watcher:
         self.changed: list[str] = []
         self.labels: list[Tensor] = []
         self._said: set[int] = set()
+        behind = zip(boundaries.readers, boundaries.blocks[1:], strict=True)
+        self._channels = Channels([readers[0] if readers else block for readers, block in behind])
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -73,7 +75,8 @@ class Watcher:
                     handles.append(ends(reader)[0].register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
             if not boundaries.hidden:
                 handles.append(boundaries.output.register_forward_hook(Hook(self._head_hook), prepend=True))
-            yield
+            with self._channels.watched():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -178,8 +181,8 @@ class Watcher:
 
     @property
     def channels(self) -> tuple[bool, bool]:
-        """Where blocks have their channels (``channels_of``)."""
-        return channels_of((self.boundaries.blocks[index], h.shape) for index, h in self.made.items())
+        """Where blocks have their channels: ``channels_first`` and ``channels_last`` of a ``Layout``."""
+        return self._channels.found({index: h.shape for index, h in self.made.items()})
 
     @property
     def around(self) -> bool:

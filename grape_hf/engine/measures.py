@@ -78,8 +78,12 @@ class Measures:
 
     @torch.no_grad()
     def note_chain(self, forwards: Sequence[Forward], feedback: Feedback) -> None:
-        """Note what an ordinary backward, that of a calibration step, has shown."""
-        self._add(delta_products(forwards, feedback.B))
+        """Note what an ordinary backward, that of a calibration step, has shown.
+
+        It tells how good B_l e is, and nothing of what paths and sweeps make of it.
+        """
+        if self.options.feedback_path == "matrix" and not self.options.feedback_sweeps:
+            self._add(delta_products(forwards, feedback.B))
         if self.options.calibration_refit and forwards:
             found = refit_moments(forwards, len(feedback.B), feedback.B)
             earlier = self._moments or [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in found]

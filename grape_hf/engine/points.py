@@ -98,12 +98,12 @@ class FeedbackPoints:
         last = last or any(str(getattr(m, "output_fmt", "")).endswith("NHWC") for m in self.model.modules())
         at_head.layout = at_hidden.layout = replace(layout, channels_first=first, channels_last=last)
         three = seen.logits is not None and seen.logits.ndim == 3
-        turned = first and three and not isinstance(head, nn.Conv1d)
+        turned = three and first != isinstance(head, nn.Conv1d)
         if turned and space == "logits":
             raise ValueError(
-                f'feedback_space="logits" pairs what the {type(head).__name__} makes, (batch, positions, classes), '
-                "with what blocks make, and one-dimensional convolutions make (batch, channels, positions). Use "
-                'feedback_space="hidden".'
+                f'feedback_space="logits" pairs what the {type(head).__name__} makes with what the blocks make: '
+                "expected both to have their channels in one dimension, found (batch, positions, channels) of the one "
+                'and (batch, channels, positions) of the other. Use feedback_space="hidden".'
             )
         try:
             logits = None if head is None or turned or space == "hidden" else seen.at(at_head, numbers=not whole)

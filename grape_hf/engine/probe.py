@@ -246,7 +246,8 @@ class Look(Watcher):
         if not made_of or not allowed.issuperset(used):
             names = ", ".join(f"h_{i + 1}" for i in used) or "none of them"
             what = "the output y, of the head," if head else f"block {index + 1} ({self._kind(index)})"
-            raise RuntimeError(
+            # An auxiliary head may have the name of one that makes the logits.
+            raise (OutputNotReachedError if head else RuntimeError)(
                 f"{what} was expected to work on h_{index}, the output of block {index}, and on no other block's; it "
                 f"works on {names}. Direct feedback needs a chain of blocks: name others with the option `blocks`, a "
                 "whole group of blocks that share their inputs as one."
@@ -287,8 +288,12 @@ def _is_turned(h: Tensor, y: Tensor) -> bool:
 
 
 def read_position(e: Tensor) -> ReadAt | None:
-    """Return where the loss reads y, by e, ``(batch, positions, n_y)``, if that is one position alone."""
+    """Return where the loss reads y, by e, ``(batch, positions, n_y)``, if that is one position alone.
+
+    Samples without an error (a label that is ignored) say nothing.
+    """
     read = e.ne(0).any(-1)
-    if e.shape[1] == 1 or not bool((read.count_nonzero(1) == 1).all()):
+    read = read[read.any(-1)]
+    if e.shape[1] == 1 or not len(read) or not bool((read.count_nonzero(1) == 1).all()):
         return None
     return "first" if bool(read[:, 0].all()) else "last"

@@ -13,7 +13,6 @@ from torch import Tensor
 from grape_hf.core.alignment import inner_products
 from grape_hf.core.block_maps import chained
 from grape_hf.core.feedback import Feedback, FeedbackInit, initial_feedback, is_identity, normalize_columns
-from grape_hf.core.layout import channels_of
 from grape_hf.core.star import Matrix
 from grape_hf.engine.probe import read_position
 from grape_hf.pipeline.maps import StageMaps
@@ -104,15 +103,22 @@ class StageFeedback:
             e: dLoss/dy of one micro-batch.
             number: of the micro-batch.
         """
-        if not self._asked:  # once, by the first error; a host-device sync
+        if not self._asked and bool(e.any()):  # once, by the first error that is one; a host-device sync
             self.read_at, self._asked = read_position(e), True
             if self.read_at is not None and self._identity:
-                self._share = 1 / e.shape[1]
+                self._share = 1 / self._positions(e.shape[1])
         if self.read_at is None:
             return e
         whole = (self._share * e.sum(1, keepdim=True)).expand_as(e)
         padding = self._padding[number]
         return (whole if padding is None else whole * padding.to(e)[..., None]).contiguous()
+
+    def _positions(self, longest: int) -> float:
+        """Return how many positions of this batch are no padding, in the mean over samples."""
+        there = [padding for padding in self._padding if padding is not None]
+        if len(there) < len(self._padding) or not there:
+            return longest
+        return max(1.0, float(sum(p.count_nonzero() for p in there)) / sum(map(len, there)))
 
     def deltas(
         self, points: Sequence[int], arrived: Tensor, e: Tensor, dtype: torch.dtype | None = None
@@ -218,8 +224,7 @@ def stage_feedback(
         ValueError: if blocks return something else than ``(batch, positions, n)`` of one size.
     """
     h = split.seen.h
-    turned, _ = channels_of((block, h[number].shape) for number, block in split.blocks.items())
-    if turned or any(made.ndim != 3 or made.shape[1:] != h[-1].shape[1:] for made in h):
+    if split.seen.channels_first or any(made.ndim != 3 or made.shape[1:] != h[-1].shape[1:] for made in h):
         shapes = sorted({tuple(made.shape[1:]) for made in h})
         raise ValueError(
             f'method="{options.method}" with pipeline_stages expects that all blocks return (batch, positions, n) of '

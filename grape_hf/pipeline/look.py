@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from grape_hf.core import nested
 from grape_hf.core.blocks import Chain, Unit, ends
+from grape_hf.core.channels import Channels
 
 INPUTS = ("input_ids", "pixel_values")
 ROWS, POSITIONS = 2, 7  # of the sample; few models have 7 of anything else
@@ -48,6 +49,7 @@ class Seen:
         returns: for each block how many items its output has, None where it is a tensor by itself.
         outputs: all tensors of the model's output.
         stem_parameters: parameters of the modules that hold the blocks, which the first block's input depends on.
+        channels_first: whether three-dimensional activations have their channels behind the batch.
     """
 
     main_input: str
@@ -58,6 +60,7 @@ class Seen:
     returns: list[int | None] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     stem_parameters: set[str] = field(default_factory=set)
+    channels_first: bool = False
 
     def scaled(self, shape: torch.Size, extent: Extent) -> tuple[int, ...]:
         """Return the shape that a tensor of ``shape`` has for a batch of another size.
@@ -90,6 +93,7 @@ def look(model: nn.Module, blocks: Chain, autocast: AbstractContextManager[Any])
     seen = Seen(main_input, sample)
     order: list[int] = []
     around = _around(model, blocks)
+    channels = Channels(list(blocks.values())[1:])
     handles = []
 
     def at_around(name: str) -> Any:
@@ -132,7 +136,7 @@ def look(model: nn.Module, blocks: Chain, autocast: AbstractContextManager[Any])
         handles.append(first.register_forward_pre_hook(at_input, with_kwargs=True))
         handles += [b.register_forward_hook(at_block(i)) for i, b in enumerate(blocks.values())]
         model.eval()
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]), autocast:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]), autocast, channels.watched():
             output = model(**sample)
     finally:
         for handle in handles:
@@ -142,6 +146,7 @@ def look(model: nn.Module, blocks: Chain, autocast: AbstractContextManager[Any])
         raise _refusal(model, f"its blocks ran in the order {[i + 1 for i in order]}")
     if twice := set(seen.before) & set(seen.after):
         raise _refusal(model, f"{', '.join(sorted(twice))} runs before the blocks and after them")
+    seen.channels_first, _ = channels.found({index: h.shape for index, h in enumerate(seen.h[:-1])})
     seen.outputs = [tensor.detach() for _, tensor in nested.tensors(output)]
     seen.before = {name: nested.map_tensors(made, Tensor.detach) for name, made in seen.before.items()}
     # What never ran (a pooler without a loss) stays with the head.

@@ -6,11 +6,12 @@ import torch
 from grape_hf.core.layout import Layout, align_positions
 
 SHAPES = [(2, 3), (2, 4, 3), (2, 3, 8, 6)]
+VOLUME = (2, 3, 4, 8, 6)
 
 
 @pytest.mark.parametrize("sharing", ["auto", "none", "position", "grid"])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, VOLUME])
 def test_restore_is_the_inverse(sharing, channels_last, shape):
     h = torch.randn(shape)
     layout = Layout(sharing, channels_last)
@@ -33,6 +34,18 @@ def test_a_position_is_the_vector_of_its_channels():
     vectors = Layout("position").vectors(maps)
     assert torch.equal(vectors[1, 2 * 5 + 3], maps[1, :, 2, 3])
     assert torch.equal(Layout("position", channels_last=True).vectors(maps.permute(0, 2, 3, 1)), vectors)
+
+
+def test_a_volume_is_a_stack_of_maps():
+    h = torch.randn(VOLUME)
+    vectors = Layout("position").vectors(h)
+    assert torch.equal(vectors[1, (3 * 8 + 5) * 6 + 2], h[1, :, 3, 5, 2])
+    assert torch.equal(Layout("position", channels_last=True).vectors(h.movedim(1, -1)), vectors)
+    # Cells of 1 x 2 x 2: one slice, and of each slice the cells of the map.
+    grid = Layout("grid").vectors(h)
+    assert grid.shape == (2, 4, 3 * 4 * 4 * 3)
+    of_maps = torch.stack([Layout("grid").vectors(h[:, :, k]).unflatten(2, (3, 4 * 3)) for k in range(4)], dim=3)
+    assert torch.equal(grid.unflatten(2, (3, 4, 4 * 3)), of_maps)
 
 
 def test_positions_of_one_cell_share_and_cells_do_not():
