@@ -39,10 +39,21 @@ class _Witness(TrainerCallback):
     """Refuses updates whose gradients came by no step of ours; the first, where the stock loop makes it."""
 
     def __init__(self, trainer: "GrapeMixin") -> None:
-        self.trainer = trainer
+        self.trainer, self.told = trainer, False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raise RuntimeError if GrapeMixin's ``training_step`` was not called."""
+        """Raise RuntimeError if there are gradients, and GrapeMixin's ``training_step`` was not called."""
+        self.told = True
+        if any(p.grad is not None for p in self.trainer.model.parameters()):  # none of a batch that was left out
+            self._refuse()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The same, for loops that tell no more than that (trl's PPO)."""
+        if not self.told:
+            self._refuse()
+        self.told = False
+
+    def _refuse(self) -> None:
         if not self.trainer.stepped:
             name = type(self.trainer).__name__
             raise RuntimeError(
@@ -51,10 +62,6 @@ class _Witness(TrainerCallback):
                 f"training_step of its own may also stay as it is: derive {name} from Trainer, and train a class "
                 f'New(GrapeMixin, {name}). Or use method="bp".'
             )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The same, for loops that tell no more than that (trl's PPO)."""
-        self.on_pre_optimizer_step(args, state, control)
 
 
 class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):

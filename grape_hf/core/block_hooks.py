@@ -1,7 +1,9 @@
 """The hooks of one block: where it hands on its hidden states, and where it reads those of the block before."""
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from grape_hf.core import nested
@@ -18,6 +20,7 @@ class BlockHook:
     def __init__(self, boundaries: "Boundaries", index: int, block: nn.Module) -> None:
         self.boundaries, self.index, self.block = boundaries, index, block
         self.inputs: tuple[tuple, dict] = (), {}
+        self.made: weakref.ref[Tensor] | None = None  # what it has handed on last
         self.cuts = index < len(boundaries) and not boundaries.readers[index]
         # y, or what is y if the blocks behind are left out
         encoder = max(boundaries.pooled, default=-1)
@@ -53,7 +56,14 @@ class BlockHook:
             new = mode.at_output(h, self.index)
         elif self.index == len(self.boundaries):
             new = mode.at_last(h)
+        if not self.cuts and not torch.compiler.is_compiling():
+            self.made = weakref.ref(new)
         return None if new is h else nested.put(output, path, new)
+
+    def found_in(self, inputs: Any) -> nested.Path | None:
+        """Return where the very tensor lies that this block has handed on; None if it is not there."""
+        made = None if self.made is None or torch.compiler.is_compiling() else self.made()
+        return None if made is None else next((path for path, t in nested.tensors(inputs) if t is made), None)
 
     def taken(self) -> tuple[tuple, dict]:
         """Return what the block was called with, and forget it."""
@@ -82,7 +92,7 @@ class ReaderHook:
         for index in self.indices:
             path = self.boundaries.places.get(index)
             if path is None or index not in self.boundaries.pooled:  # a decoder may go without its encoder's output
-                path = nested.find(inputs, path)
+                path = self.hooks[index].found_in(inputs) or nested.find(inputs, path)
             h = None if path is None else nested.get(inputs, path)
             if not isinstance(h, Tensor):
                 continue

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from grape_hf.core.block_maps import BlockMaps
 from grape_hf.core.layout import Pairing
@@ -140,8 +141,8 @@ class BroadcastMode(FollowingMode):
         if mode is None or mode.token is None or not h.requires_grad:
             return h
         boundaries = self.boundaries
-        # Once in a run, in its first step: that takes a backward of the head.
-        if mode is self and self.keep in ("e", "e and deltas") and not boundaries.last_checked:
+        # In few steps (``FeedbackPoints.check``): that takes a backward of the head.
+        if mode is self and self.keep != "h and e" and not boundaries.last_checked:
             boundaries.last_checked = True
             mode.star.last = None if boundaries.whole or torch.compiler.is_compiling() else h
         return Last.apply(h, mode.star)
@@ -159,7 +160,7 @@ class BroadcastMode(FollowingMode):
         cut = Cut.apply(h, self._anchor, self.star.lesson if refinement.learn else None, index)
         if refinement.needs_graph:
             added = None if refinement.path and isinstance(B, str) else B
-            self.star.arms[index] = Arm(h, cut, added, pairing)
+            self.star.arms[index] = Arm(h, get_gradient_edge(cut), added, pairing)
         return cut
 
     def at_output(self, y: Tensor, site: int) -> Tensor:

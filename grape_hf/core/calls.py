@@ -124,6 +124,7 @@ class Calls:
         self.repeated = False
         self.loss: ModelCall | None = None
         self.made: list[ModelCall] = []
+        self._inside = 0  # calls of the same module inside the current one
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -156,7 +157,7 @@ class Calls:
 
     def forget(self) -> None:
         """Let go of the last call and its masks."""
-        self.current = None
+        self.current, self._inside = None, 0
         self.masks.forget()
 
     def call(self, module: Callable[..., Any], args: tuple, kwargs: dict) -> ModelCall:
@@ -180,6 +181,8 @@ class Calls:
             self.made.append(self.current)
             if self.begun is not None:
                 self.begun(self.current)
+        elif self.current is not None and module is self.current.module:  # it calls itself: self-conditioning
+            self._inside += 1
         if self.current is not None:
             self.masks.note(module, args, kwargs)
         elif self.begun is not None and module is self.first and torch.is_grad_enabled() and not in_backward():
@@ -188,4 +191,7 @@ class Calls:
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self.current is not None and module is self.current.module:
-            self.current = None
+            if self._inside:
+                self._inside -= 1
+            else:
+                self.current = None

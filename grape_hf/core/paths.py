@@ -43,16 +43,16 @@ class Junction:
         return sent if sent.shape == tuple(side.shape) else sent.sum_to_size(side.shape)
 
 
-def pull_back(output: Tensor, cut: Tensor, delta: Tensor) -> Tensor | None:
+def pull_back(output: Tensor, cut: Tensor | GradientEdge, delta: Tensor) -> Tensor | None:
     """Return S_l delta, or None if no shortcut leads from ``cut`` to ``output``.
 
     Args:
         output: h_l with its graph, or y.
-        cut: h_{l-1} as the block has read it, a part of that graph.
+        cut: h_{l-1} as the block has read it, a part of that graph, or where it stands there.
         delta: in the shape of ``output``.
     """
     start = get_gradient_edge(output)
-    end = get_gradient_edge(cut)
+    end = get_gradient_edge(cut) if isinstance(cut, Tensor) else cut
     junctions = find_junctions(start, end)
     if not junctions:
         return None
@@ -62,8 +62,8 @@ def pull_back(output: Tensor, cut: Tensor, delta: Tensor) -> Tensor | None:
             delta = _gradient(where, junction.sum, delta)
         delta, where = junction.passes(delta), junction.shortcut
     if junctions[-1].shortcut.node is not end.node:
-        delta = _gradient(where, cut, delta)
-    return delta.to(cut.dtype)
+        delta = _gradient(where, end, delta)
+    return delta.to(end.node._input_metadata[end.output_nr].dtype)
 
 
 def has_path(output: Tensor, below: Tensor) -> bool:

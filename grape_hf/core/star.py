@@ -24,6 +24,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from grape_hf.core.block_maps import BlockMaps
 from grape_hf.core.layout import Pairing
@@ -70,13 +71,13 @@ class Arm:
 
     Attributes:
         h: h_l as block l made it.
-        cut: what is read in its place.
+        cut: where the graph of what is read in its place begins. The tensor itself may be changed by who reads it.
         B: the feedback matrix; None if it has no part in the delta.
         pairing: how positions of h_l and of e go together.
     """
 
     h: Tensor
-    cut: Tensor
+    cut: GradientEdge
     B: Matrix | None
     pairing: Pairing
 

@@ -1,5 +1,6 @@
 """Hooks that see, in one forward on the side, how blocks and heads work on one another (``probe.py`` judges)."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.channels import Channels
 from grape_hf.core.graph import Mark, in_backward, is_mark, marks_of, parameters_of
 from grape_hf.core.hooks import Hook
+
+logger = logging.getLogger(__name__)
 
 
 class Watcher:
@@ -35,6 +38,7 @@ class Watcher:
         error: what it raised behind the last block.
         changed: names of the parameters that it changed.
         labels: the labels that it was called with.
+        apart: whether blocks have made something beside their hidden states that does not depend on those before.
     """
 
     def __init__(self, model: nn.Module, boundaries: Boundaries) -> None:
@@ -56,6 +60,7 @@ class Watcher:
         self.error: Exception | None = None
         self.changed: list[str] = []
         self.labels: list[Tensor] = []
+        self.apart = False
         self._said: set[int] = set()
         behind = zip(boundaries.readers, boundaries.blocks[1:], strict=True)
         self._channels = Channels([readers[0] if readers else block for readers, block in behind])
@@ -106,6 +111,12 @@ class Watcher:
             floating = [(p, t) for p, t in nested.tensors(output) if t.is_floating_point()]
             self.made_of |= {(index, p): marks_of([t]) for p, t in floating}
             self.inputs[index] = self.made_of[index, path]
+            own = {id(p) for p in module.parameters()} | {id(p) for p in self.boundaries.blocks[index].parameters()}
+            if index:
+                main = index - 1, self.parts[index - 1]
+                learned = [p for p, t in floating if p != path and own & parameters_of([t], ends=is_mark)]
+                marks = [self.made_of[index, p] for p in learned]
+                self.apart |= any(found and main not in found for found in marks)
             for p, t in floating:
                 marked = Mark.apply(t if t.requires_grad else t.detach().requires_grad_(), (index, p))
                 output = nested.put(output, p, marked)
@@ -128,6 +139,15 @@ class Watcher:
         own = {id(p) for p in self.boundaries.blocks[index].parameters()}
         made = (p for p in places if own & parameters_of([nested.get(output, p)], ends=is_mark))
         return next(made, next(iter(places), None))
+
+    def say_apart(self) -> None:
+        """Warn of blocks that hand on several streams, of which one is cut."""
+        if self.apart:
+            logger.warning(
+                "GrAPE: blocks hand on several tensors that do not depend on each other (a list with one for each "
+                "sample?), and direct feedback reaches one of them; the others are trained by ordinary "
+                "backpropagation. Put them into one, padded, if they are the hidden states."
+            )
 
     def _reader_hook(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -193,11 +213,16 @@ class Watcher:
     @property
     def split(self) -> bool:
         """Whether the loss reads two outputs of the last block that the blocks hand on: (hidden, residual)."""
-        carried, last = self._carried(), len(self.boundaries)
-        streams = {p for marks in self.inputs.values() for k, p in marks if (k, p) in carried}
+        last = len(self.boundaries)
+        streams = {
+            path
+            for (index, path), marks in self.made_of.items()
+            if index and path != self.parts[index] and (index - 1, self.parts[index - 1]) in marks
+            if any((index - 1, path) in read for (i, _), read in self.made_of.items() if i == index)
+        }
         loss = _loss_of(self.output)
         read = marks_of([t for _, t in nested.tensors(self.output)] if loss is None else [loss]) | self.head_marks
-        return any((last, p) in carried & read for p in streams)
+        return any((last, p) in read for p in streams)
 
     def _carried(self) -> set[tuple[int, nested.Path]]:
         """What a block returns beside its hidden states and has made of those of blocks before it."""

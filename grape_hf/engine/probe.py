@@ -233,6 +233,7 @@ class Look(Watcher):
             )
         for index in range(1, total):
             self._check(index, self.inputs[index])
+        self.say_apart()
 
     def _check(self, index: int, marks: set[tuple[int, nested.Path]]) -> None:
         used = sorted(k for k, path in marks if self.parts[k] == path)

@@ -140,7 +140,7 @@ class GrapeRun:
         """Say which optimiser step the coming micro-batch belongs to; decides what kind of step it is, once."""
         if step == self.current_step:
             return
-        self._points.check(self.boundaries)
+        self._points.check(self.boundaries, step)
         self.current_step, self.calibrating = step, self.schedule.due(step) and not self.drift.everywhere
         if self.restartable:
             self.began_with = state.state_of(self)

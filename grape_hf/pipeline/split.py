@@ -6,8 +6,9 @@ exception that carries the hidden states. Where this stage begins, the hidden st
 of those that the embeddings would have made. Names in the state dict stay as they were.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -117,6 +118,16 @@ class Border:
             self.received = None
 
 
+def _save_whole(save: Callable[..., None], folder: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+    """Save what the Trainer has gathered from all stages; refuse to save this one alone."""
+    if state_dict is None:
+        raise RuntimeError(
+            "this process holds the blocks of its own stage alone, and save_pretrained would write no others: expected "
+            "trainer.save_model(folder), called by all processes, which gathers the whole model."
+        )
+    save(folder, *args, state_dict=state_dict, **kwargs)
+
+
 class StageModel:
     """One stage of a model.
 
@@ -149,6 +160,8 @@ class StageModel:
         self.parameters = count(exclude_embeddings=True) if count else sum(p.numel() for p in model.parameters())
         self.loss_dtype = torch.promote_types(seen.h[-1].dtype, torch.float32)
         self.border = Border()
+        if (save := getattr(model, "save_pretrained", None)) is not None:
+            setattr(model, "save_pretrained", partial(_save_whole, save))  # noqa: B010  a method's name
         start, end = cuts[stage], cuts[stage + 1]
         first, last = stage == 0, stage == self.stages - 1
         self.blocks = {i: block for i, block in enumerate(chain.values()) if start <= i < end}

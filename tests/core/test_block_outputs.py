@@ -235,8 +235,10 @@ def test_sweeps_go_around_blocks_by_what_they_hand_on_beside_their_hidden_states
     assert_same(*made, rtol=1e-5, atol=1e-7)
 
 
-def test_sweeps_of_an_error_that_is_measured_at_one_of_two_streams_are_refused(tmp_path):
-    args = arguments(tmp_path, feedback_sweeps=1, feedback_space="hidden", label_names=[])
+@pytest.mark.parametrize("points", [0, 1])
+def test_sweeps_of_an_error_that_is_measured_at_one_of_two_streams_are_refused(points, tmp_path):
+    options = {"feedback_sweeps": 1, "feedback_points": points, "feedback_space": "hidden", "label_names": []}
+    args = arguments(tmp_path, **options)
     trainer = GrapeTrainer(ResidualNet(), args, train_dataset=[{"x": torch.randn(4)} for _ in range(16)])
     with pytest.raises(ValueError, match="two outputs of the last block.*feedback_sweeps=0"):
         trainer.train()

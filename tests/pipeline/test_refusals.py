@@ -11,6 +11,7 @@ import pytest
 import stages
 import torch
 from helpers import make_trainer
+from safetensors.torch import load_file
 from test_trainer import CHECKPOINTING
 
 from grape_hf.pipeline.cuts import balanced_cuts, given_cuts
@@ -143,6 +144,25 @@ def test_reentrant_checkpointing(method, processes, tmp_path):
     said = processes.run_on(2, reentrant, tmp_path, method)
     assert not any(text == "trained" for text in said)
     assert any("use_reentrant" in text for text in said), said
+
+
+def saved(folder: Path) -> tuple[str, int]:
+    """What is said of a stage that is saved by itself, and how many tensors the Trainer saves."""
+    problem = problems.Problem("saved", GPT2, problems.text)
+    trainer = make_trainer(problem, folder, method="bp", pipeline_stages=2, ddp_timeout=20, max_steps=1)
+    trainer.train()
+    trainer.save_model(str(folder / "whole"))
+    with pytest.raises(RuntimeError) as error:
+        trainer.model.save_pretrained(folder / "stage")
+    assert not (folder / "stage").exists()
+    return str(error.value), len(load_file(folder / "whole" / "model.safetensors"))
+
+
+def test_a_stage_is_not_saved_for_the_whole(processes, tmp_path):
+    whole = len(GPT2().state_dict())
+    for said, number in processes.run_on(2, saved, tmp_path):
+        assert "trainer.save_model(folder)" in said
+        assert whole - 1 <= number <= whole  # the head may be the embeddings
 
 
 def test_settings_and_models(processes, tmp_path):
