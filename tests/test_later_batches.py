@@ -117,6 +117,41 @@ def test_a_loss_that_comes_to_read_the_last_block_beside_the_head(kind: str, lat
     )
 
 
+class Tasks(nn.Module):
+    """A sentence's label by its first token, or labels of all tokens, as the batch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.sentence, self.tokens = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, 12), nn.Linear(WIDTH, 12)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        h = self.stem(x)
+        for block in self.blocks:
+            h = block(h)
+        if target.shape[1] == 1:
+            return {"loss": F.cross_entropy(self.sentence(h[:, 0]), target[:, 0])}
+        return {"loss": F.cross_entropy(self.tokens(h).flatten(0, 1), target.flatten())}
+
+
+@pytest.mark.parametrize("first", [1, 2, 4], ids=lambda n: f"{n} of the first batches are of sentences")
+@pytest.mark.parametrize("options", [{"method": "dfa", "feedback_init": "identity"}, {}], ids=["identity", "maps"])
+def test_a_task_that_reads_all_positions_behind_one_that_reads_the_first(
+    first: int, options: Any, tmp_path: Path, caplog
+):
+    """Seen in steps 1, 2, 4, 8; from the next step on errors stay at their positions, and an identity is one."""
+    targets = [1 if i < 4 * first else 5 for i in range(32)]
+    data = [{"x": torch.randint(9, (5,)), "target": torch.randint(12, (n,))} for n in targets]
+    options = options | {"label_names": ["target"], "train_sampling_strategy": "sequential", "feedback_lr": 1e-9}
+    args = arguments(tmp_path, max_steps=6, feedback_space="hidden", **options)
+    trainer = GrapeTrainer(Tasks(), args, train_dataset=data)
+    trainer.train()
+    assert trainer._run.boundaries.read_at is None
+    assert caplog.text.count("several positions of a sample") == 1
+    for b in trainer.feedback:
+        torch.testing.assert_close(b, torch.eye(WIDTH))
+
+
 @pytest.mark.parametrize("skipped", [0, 1])
 def test_a_batch_that_is_left_out(skipped: int, tmp_path: Path):
     """There are no gradients, so that none came past the star."""

@@ -1,9 +1,11 @@
 """What the first error of a run shows: whether the loss reads y at one position alone, where no look could tell.
 
 A model that returns its loss is looked at before the first step (``probe.py``). Where the Trainer computes the loss, it
-is the first error that shows it; errors are paired so from the second step on.
+is the first error that shows it; errors are paired so from the second step on. In steps 1, 2, 4, 8 and so on the error
+is looked at again: tasks may come by turns, and one that reads other positions has errors paired position by position.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,8 @@ from grape_hf.core.feedback import Feedback, is_identity
 from grape_hf.core.modes import Forward
 from grape_hf.engine.probe import read_position
 from grape_hf.engine.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 class FirstError:
@@ -34,6 +38,7 @@ class FirstError:
         self.sharded, self.ranks = sharded, ranks
         self.seen, self.taken, self._positions = False, False, 1.0
         self._found: ReadAt | None = None
+        self._several = False
 
     def see(self, boundaries: Boundaries, e: Tensor | None, labels: Any) -> None:
         """Look at e, in the shape of y; one that is zero everywhere (labels that are ignored) says nothing yet."""
@@ -44,15 +49,63 @@ class FirstError:
         if not self.seen:
             return
         vectors = boundaries.layout.vectors(e)
-        batch, positions = vectors.shape[:2]
-        padding = boundaries.pairing(len(boundaries) - 1, e).padding
-        there = None if padding is None or padding.shape != (batch, positions) else padding.count_nonzero()
-        self._positions = positions if there is None else max(1.0, float(there / batch))
+        positions = vectors.shape[1]
+        self._positions = self._count(boundaries, e)
         of_tokens = isinstance(labels, Tensor) and labels.ndim > 1 and positions in labels.shape[1:]
         self._found = None if of_tokens else read_position(vectors)
 
+    def _count(self, boundaries: Boundaries, e: Tensor) -> float:
+        """How many positions are no padding, in the mean over samples."""
+        batch, positions = boundaries.layout.vectors(e).shape[:2]
+        padding = boundaries.pairing(len(boundaries) - 1, e).padding
+        there = None if padding is None or padding.shape != (batch, positions) else padding.count_nonzero()
+        return positions if there is None else max(1.0, float(there / batch))
+
+    def due(self, boundaries: Boundaries, step: int) -> bool:
+        """Whether the error of a step is to be looked at again."""
+        return self.taken and boundaries.read_at is not None and not self.sharded and step & (step - 1) == 0
+
+    def see_again(self, boundaries: Boundaries, e: Tensor | None) -> None:
+        """Look whether the loss reads several positions of a sample, where errors are paired by one."""
+        if e is not None and bool((boundaries.layout.vectors(e).ne(0).any(-1).count_nonzero(1) > 1).any()):
+            self._several, self._positions = True, self._count(boundaries, e)
+
+    def changes(self, boundaries: Boundaries, feedback: Feedback, step: int) -> bool:
+        """Pair errors by what was seen, from the next step on, and return whether that is new; all ranks call it."""
+        if not self.taken:
+            return self.take(boundaries, feedback)
+        if not self.due(boundaries, step):
+            return False
+        device = feedback.B[0].device
+        several = int(self.ranks.total([number_for_ranks(int(self._several), device)])[0])
+        self._several = False
+        if not several:
+            return False
+        logger.warning(
+            "GrAPE: the loss reads several positions of a sample, where in earlier batches it read one. Errors are "
+            "paired position by position from now on, and what B_l has learned until now is of little use."
+        )
+        boundaries.read_at = None
+        matrices = feedback.learned
+        sources = [None] * len(matrices) if feedback.maps is None else feedback.maps.sources
+        eye = [torch.eye(*b.shape, out=torch.empty_like(b)) for b in matrices]
+        shared = [torch.allclose(b * self._positions, i) for b, i in zip(matrices, eye, strict=True)]
+        whole = [
+            i if is_shared and source is None else b
+            for b, i, is_shared, source in zip(matrices, eye, shared, sources, strict=True)
+        ]
+        self._forget(feedback)
+        feedback.put(self.ranks.first(whole))
+        return True
+
+    def _forget(self, feedback: Feedback) -> None:
+        """Leave out what maps that take e have seen in this step: it was of other pairs."""
+        if feedback.maps is not None:
+            for index in (i for i, source in enumerate(feedback.maps.sources) if source is None):
+                feedback.maps.sums.pop(index, None)
+
     def take(self, boundaries: Boundaries, feedback: Feedback) -> bool:
-        """Pair errors so from the next step on: a step's micro-batches are paired alike. Return whether that is new.
+        """Pair errors by what the first has shown: a step's micro-batches are paired alike. Return whether that is new.
 
         Where rank 0 has seen none yet, the next step's is waited for.
         """
@@ -64,10 +117,9 @@ class FirstError:
         boundaries.read_at = found
         matrices = feedback.learned
         starts = [is_identity(b) for b in matrices]
-        if feedback.maps is not None:  # of maps only one that takes e is of other pairs now, and what it has seen
+        if feedback.maps is not None:  # of maps only one that takes e is of other pairs now
             starts = [start and s is None for start, s in zip(starts, feedback.maps.sources, strict=True)]
-            for index in (i for i, source in enumerate(feedback.maps.sources) if source is None):
-                feedback.maps.sums.pop(index, None)
+            self._forget(feedback)
         shared = [b / self._positions if start else b for b, start in zip(matrices, starts, strict=True)]
         feedback.put(self.ranks.first(shared))
         return True

@@ -252,7 +252,7 @@ class GrapeRun:
         """
         assert self.current_step is not None
         step, feedback, measures = self.current_step, self.feedback, self.measures
-        if not self.first_error.taken and self.first_error.take(self.boundaries, feedback):
+        if self.first_error.changes(self.boundaries, feedback, step):
             self.estimates.sums = JacobianSum()  # those were of other pairs
             self.note_start()
         if self.estimating:
@@ -288,8 +288,8 @@ class GrapeRun:
             return self.rule.keep
         if self.measuring:
             return "e and deltas"
-        reads = self.boundaries.read_at is not None and self.estimating
-        return "e" if reads or not self.first_error.seen else "nothing"
+        reads = (self.boundaries.read_at is not None and self.estimating) or not self.first_error.seen
+        return "e" if reads or self.first_error.due(self.boundaries, self.current_step or 0) else "nothing"
 
     def _agreed(self, holds: bool) -> bool:
         """Return whether something holds on all ranks."""

@@ -136,6 +136,8 @@ class StarEngine:
         run, calls, first = self.run, self.run.calls, self.run.first_error
         if not first.seen and self._forwards:
             first.see(run.boundaries, self._forwards[0].e, labels)
+        elif self._forwards and first.due(run.boundaries, run.current_step or 0):
+            first.see_again(run.boundaries, self._forwards[0].e)
         if (run.estimating or run.measuring) and any(forward.apart for forward in self._forwards):
             raise RuntimeError(
                 "the loss calls the encoder by itself and hands its output to the model. Estimates, and measurements "
