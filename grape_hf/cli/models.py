@@ -91,7 +91,10 @@ def maker(
 def _configuration(name: str, kind: str, rest: str) -> Any:
     if kind == "type":
         try:
-            return AutoConfig.for_model(rest)
+            config = AutoConfig.for_model(rest)
+            if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+                config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0  # T5's come with none
+            return config
         except ValueError as error:
             known = list(transformers.CONFIG_MAPPING)
             near = difflib.get_close_matches(rest, known, n=3)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import grape_hf
 from grape_hf import GrapeTrainingArguments
+from grape_hf.recipes.parsing import read_options
 
 RECIPES = {"text": "grape_hf.recipes.wikitext103", "images": "grape_hf.recipes.image_classification"}
 
@@ -63,9 +62,7 @@ def recipe_of(config: Path) -> str:
     Raises:
         ValueError: if the keys fit both or none.
     """
-    options = yaml.safe_load(config.read_text(encoding="utf-8"))  # JSON is YAML
-    if not isinstance(options, dict):
-        raise ValueError(f"{config}: expected `option: value` pairs, got {type(options).__name__}.")
+    options = read_options(config)
     common = _names(GrapeTrainingArguments)
     asked = set(options) - common
     own = {name: _own_names(module) for name, module in RECIPES.items()}

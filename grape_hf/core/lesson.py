@@ -111,6 +111,12 @@ class Lesson:
             there = deltas[source]
         else:
             return
+        if there.vectors.shape[1] != here.vectors.shape[1]:
+            raise RuntimeError(
+                f"blocks {index + 1} and {(source or 0) + 1} have made {here.vectors.shape[1]} and "
+                f"{there.vectors.shape[1]} positions, and as many as each other in the first batch, by which it is "
+                "decided where a map comes from. Let the first batch have samples of the usual length."
+            )
         of_maps = not (here.exact or there.exact)
         if self.rest and not of_maps:
             return

@@ -50,6 +50,12 @@ def project_error(e: Tensor, B: Matrix, h_shape: torch.Size, pairing: Pairing) -
     e = layout.vectors(e)
     n_l = e.shape[-1] if isinstance(B, str) else B.shape[0]
     batch, positions = h_shape[0], h_shape.numel() // (h_shape[0] * n_l)
+    if len(e) != batch:
+        raise RuntimeError(
+            f"the error at y has {len(e)} rows, and a block's output {batch} samples: expected one for each, as in the "
+            "first batch. A head that runs on chosen tokens alone has rows of its own. Use "
+            'feedback_space="hidden".'
+        )
     e = pairing.align(e, positions)
     delta = e if isinstance(B, str) else e.to(B.device) @ B.mT.to(e.dtype)  # (batch, positions or 1, n_l)
     if delta.shape[1] != positions:

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import grape_hf
 from grape_hf.recipes.cells import Cells, end_of_output, run_recipe
+from grape_hf.recipes.parsing import read_options
 from grape_hf.reports.card_texts import method_label
 from grape_hf.reports.cards import write_card
 from grape_hf.reports.figures import figures
@@ -99,7 +98,7 @@ def compare(
         ValueError: if the folder holds runs with other options, or a rate is of a method that does not run.
         RuntimeError: if a run failed.
     """
-    options = yaml.safe_load(config.read_text(encoding="utf-8"))
+    options = read_options(config)
     seeds, rates = list(seeds or [options.get("seed", 42)]), dict(rates or {})
     if unknown := rates.keys() - set(methods):
         raise ValueError(

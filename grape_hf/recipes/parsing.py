@@ -58,15 +58,28 @@ def parse_overrides(option: str, overrides: str | dict[str, Any] | None) -> dict
     return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
 
 
+def read_options(path: Path) -> dict[str, Any]:
+    """Return what a file of YAML or JSON holds.
+
+    Raises:
+        ValueError: if it is neither, or holds no pairs.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: expected YAML or JSON, and it cannot be read: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: expected `option: value` pairs, got {type(options).__name__}.")
+    return options
+
+
 def _read(path: Path, known: set[str]) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"{path}: expected options or a .yaml, .yml or .json file of options first.")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a file of options, found none there ({path.resolve()}).")
-    text = path.read_text(encoding="utf-8")
-    options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    if not isinstance(options, dict):
-        raise ValueError(f"{path}: expected `option: value` pairs, got {type(options).__name__}.")
+    options = read_options(path)
     unknown = [_unknown(str(name), known) for name in options if name not in known]
     if unknown:
         raise ValueError(f"{path}: {'; '.join(unknown)}")

@@ -49,6 +49,7 @@ def read_history(run: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no ``trainer_state.json``.
+        ValueError: if it cannot be read.
     """
     path = Path(run)
     path = path / "trainer_state.json" if path.is_dir() else path
@@ -56,7 +57,10 @@ def read_history(run: str | Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(
             f"{path}: expected the trainer_state.json that Trainer.save_state() writes, found none."
         )
-    return list(json.loads(path.read_text(encoding="utf-8"))["log_history"])
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["log_history"])
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read, it may be cut off: {error}") from error
 
 
 def alignment_table(history: History, kind: Kind = "estimate") -> tuple[list[int], list[str], np.ndarray]:

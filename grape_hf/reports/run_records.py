@@ -166,7 +166,10 @@ def read_record(folder: str | Path) -> RunRecord:
             "Trainer.save_state() and Trainer.save_model() write them."
         )
     args = torch.load(folder / "training_args.bin", map_location="cpu", weights_only=False)
-    state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    try:
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'trainer_state.json'} cannot be read, it may be cut off: {error}") from error
     history = state.log_history
     if not isinstance(args, GrapeArgumentsMixin) and not any("grape/calibration/steps" in entry for entry in history):
         raise ValueError(

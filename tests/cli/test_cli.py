@@ -287,6 +287,9 @@ WRONG = {
     "train nothing.yaml": "nothing.yaml: expected a file of options, or one of those that come with grape_hf: demo",
     "train {tmp}/vague.yaml": "Name one: --recipe text or images",
     "train {tmp}/list.yaml": "expected `option: value` pairs, got list",
+    "train {tmp}/broken.yaml": "broken.yaml: expected YAML or JSON, and it cannot be read",
+    "compare {tmp}/broken.yaml": "broken.yaml: expected YAML or JSON, and it cannot be read",
+    "plot {tmp}/cut": "cut/trainer_state.json cannot be read, it may be cut off",
     "train demo.yaml --learning_ratte 1": "there is no option --learning_ratte; is --learning_rate meant?",
     "train demo.yaml --recip text": "there is no option --recip",
     "compare demo.yaml --learning_rates grape": "expected METHOD=RATE",
@@ -302,6 +305,9 @@ WRONG = {
 def test_a_mistake_is_told_in_one_line(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "vague.yaml").write_text("learning_rate: 1.0")
     (tmp_path / "list.yaml").write_text("- 1")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "trainer_state.json").write_text("{")
     try:
         status = main(words.format(tmp=tmp_path).split())
     except SystemExit as stopped:
