@@ -80,7 +80,8 @@ def shortcut_feedback(
         if not b.any():
             raise ValueError(
                 f'feedback_init="identity" is the Jacobian of the shortcut path, and none leads from {name} to y: a '
-                'block behind it has no shortcut. Use feedback_init="gaussian" or "zero".'
+                "block behind it has no shortcut, or one that begins behind a norm of its branch. Use "
+                'feedback_init="gaussian" or "zero".'
             )
     return B
 

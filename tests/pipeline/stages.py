@@ -10,7 +10,13 @@ import torch
 from helpers import make_trainer
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForMaskedLM, Trainer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+)
 
 from grape_hf import GrapeTrainer
 
@@ -39,7 +45,7 @@ def frozen(blocks: int) -> Any:
     return build
 
 
-def bert() -> torch.nn.Module:
+def bert(kind: Any = AutoModelForMaskedLM) -> torch.nn.Module:
     config = AutoConfig.for_model(
         "bert",
         hidden_size=problems.WIDTH,
@@ -51,7 +57,7 @@ def bert() -> torch.nn.Module:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    return AutoModelForMaskedLM.from_config(config)
+    return kind.from_config(config)
 
 
 def vit() -> torch.nn.Module:
@@ -84,6 +90,14 @@ def masked_text(generator: torch.Generator) -> dict[str, Tensor]:
     return sample | {"labels": sample["labels"].masked_fill(~chosen, -100)}
 
 
+def padded_sentence(generator: torch.Generator) -> dict[str, Tensor]:
+    """One label a sample, which is padded to the same length."""
+    sample = problems.text(generator)
+    length = int(torch.randint(2, problems.POSITIONS, (), generator=generator))
+    mask = (torch.arange(problems.POSITIONS) < length).long()
+    return {"input_ids": sample["input_ids"], "attention_mask": mask, "labels": torch.tensor(length % 2)}
+
+
 def image(generator: torch.Generator) -> dict[str, Tensor]:
     pixels = torch.randn(3, 8, 8, generator=generator)
     return {"pixel_values": pixels, "labels": torch.randint(5, (), generator=generator)}
@@ -101,6 +115,7 @@ PROBLEMS = {
         problems.Problem("llama-tied", decoder("llama", tie_word_embeddings=True), problems.padded_text),
         problems.Problem("llama-untied", decoder("llama"), problems.text),
         problems.Problem("bert", bert, masked_text),
+        problems.Problem("bert-classifier", lambda: bert(AutoModelForSequenceClassification), padded_sentence),
         problems.Problem("vit", vit, image),
     )
 }

@@ -45,6 +45,8 @@ RUNS = {
         {},
     ),
     "star-images": ("vit", STAR, {}),
+    "star-padded-sentences": ("bert-classifier", STAR, ONE),
+    "local-padded-sentences": ("bert-classifier", LOCAL, ONE),
     "frozen-below": ("gpt2-frozen", {}, {}),
     "star-frozen-below": ("gpt2-frozen", STAR, {}),
     "local-frozen-below": ("gpt2-frozen", LOCAL, ONE),
