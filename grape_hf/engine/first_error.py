@@ -76,9 +76,9 @@ class FirstError:
             return self.take(boundaries, feedback)
         if not self.due(boundaries, step):
             return False
-        device = feedback.B[0].device
-        several = int(self.ranks.total([number_for_ranks(int(self._several), device)])[0])
-        self._several = False
+        several, self._several = self._several, False
+        if self.ranks.count > 1:
+            several = bool(self.ranks.total([number_for_ranks(int(several), feedback.B[0].device)])[0])
         if not several:
             return False
         logger.warning(
@@ -110,7 +110,8 @@ class FirstError:
         Where rank 0 has seen none yet, the next step's is waited for.
         """
         device = feedback.B[0].device
-        self.taken = bool(self.ranks.first([number_for_ranks(int(self.seen), device)])[0])
+        alone = self.ranks.count == 1  # then nothing waits for the device
+        self.taken = self.seen if alone else bool(self.ranks.first([number_for_ranks(int(self.seen), device)])[0])
         found, self._found = self.as_first_rank(self._found, device), None
         if found is None or boundaries.read_at is not None:
             return False

@@ -112,7 +112,7 @@ class Watcher:
             self.made_of |= {(index, p): marks_of([t]) for p, t in floating}
             self.inputs[index] = self.made_of[index, path]
             own = {id(p) for p in module.parameters()} | {id(p) for p in self.boundaries.blocks[index].parameters()}
-            if index:
+            if index - 1 in self.parts:
                 main = index - 1, self.parts[index - 1]
                 learned = [p for p, t in floating if p != path and own & parameters_of([t], ends=is_mark)]
                 marks = [self.made_of[index, p] for p in learned]
