@@ -9,7 +9,7 @@ called from elsewhere.
 
 import logging
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
@@ -44,24 +44,23 @@ class _Witness(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise RuntimeError if there are gradients, and GrapeMixin's ``training_step`` was not called."""
         self.told = True
-        if any(p.grad is not None for p in self.trainer.model.parameters()):  # none of a batch that was left out
-            self._refuse()
+        if not self.trainer.stepped and any(p.grad is not None for p in self.trainer.model.parameters()):
+            self._refuse()  # a batch that was left out has left no gradients
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The same, for loops that tell no more than that (trl's PPO)."""
-        if not self.told:
+        if not self.trainer.stepped and not self.told:
             self._refuse()
         self.told = False
 
-    def _refuse(self) -> None:
-        if not self.trainer.stepped:
-            name = type(self.trainer).__name__
-            raise RuntimeError(
-                f"{name} computed gradients by ordinary backpropagation, in a training_step or a loop of its own that "
-                "does not call GrapeTrainer's: expected super().training_step(...) in there. A class with a "
-                f"training_step of its own may also stay as it is: derive {name} from Trainer, and train a class "
-                f'New(GrapeMixin, {name}). Or use method="bp".'
-            )
+    def _refuse(self) -> NoReturn:
+        name = type(self.trainer).__name__
+        raise RuntimeError(
+            f"{name} computed gradients by ordinary backpropagation, in a training_step or a loop of its own that "
+            "does not call GrapeTrainer's: expected super().training_step(...) in there. A class with a "
+            f"training_step of its own may also stay as it is: derive {name} from Trainer, and train a class "
+            f'New(GrapeMixin, {name}). Or use method="bp".'
+        )
 
 
 class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):

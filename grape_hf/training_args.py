@@ -114,7 +114,7 @@ class GrapeArgumentsMixin:
         "weights' own rate, 1 by default.",
     )
     feedback_normalize: bool | None = _option(
-        "feedback_normalize", "For `grape` and `fdfa`: keep the columns of B_l, or of the maps, at unit length."
+        "feedback_normalize", "Keep the columns of B_l, or of the maps, at unit length (`grape` and `fdfa`)."
     )
     jvp_mode: Literal["auto", "dual", "finite_difference"] | None = _option(
         "jvp_mode",

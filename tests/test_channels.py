@@ -298,8 +298,10 @@ def test_who_makes_the_channels(positions: int):
 
 def test_layer_norms_of_maps_have_their_channels_behind_the_batch():
     block = timm.create_model("convnext_atto").stages[1].blocks[0]
+    norm = nn.Sequential(timm.layers.LayerNorm2d(80), nn.Conv2d(80, 80, 1))
     x = torch.randn(2, 80, 8, 8)
-    channels = Channels([block, block])
-    with channels.watched():
-        block(x)
-    assert channels.found({0: x.shape}) == (False, False)
+    for blocks in ([block], [norm]):
+        channels = Channels(blocks)
+        with channels.watched():
+            blocks[0](x)
+        assert channels.found({0: x.shape}) == (False, False)

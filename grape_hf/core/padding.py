@@ -163,6 +163,19 @@ class Masks:
             )
 
 
+def mean_length(padding: Tensor | None, batch: int, positions: int) -> float:
+    """Return how many positions are no padding, in the mean over samples, 1 at least; all where nothing says.
+
+    Args:
+        padding: ``(batch, positions)``, nonzero where a position is no padding. Its numbers are waited for.
+        batch: how many samples there are.
+        positions: how many positions, with padding.
+    """
+    if padding is None or padding.is_meta or padding.shape != (batch, positions):
+        return positions
+    return max(1.0, float(padding.count_nonzero() / batch))
+
+
 def usual_meaning(name: str, mask: Tensor) -> Meaning:
     """Return what a mask of this name says where nothing else is known. Looks at the numbers of one of floats."""
     if mask.is_floating_point():

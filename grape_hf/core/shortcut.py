@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.isolation import isolated
+from grape_hf.core.padding import mean_length
 
 # Modules on the shortcut path, by the names that timm and transformers give them.
 SHORTCUTS = ("downsample", "shortcut", "downsampling_layer")
@@ -62,15 +63,18 @@ def shortcut_feedback(
             passed = stack.enter_context(boundaries.perturb(keep))
             forward()
         assert passed.y is not None
+        vectors = boundaries.layout.vectors
         pairings = [boundaries.pairing(index, activation) for index, activation in enumerate(h)]
-        y = boundaries.layout.vectors(passed.y)
+        shapes = [vectors(activation).shape[:2] for activation in h]
+        counts = [shape[0] * mean_length(p.padding, *shape) for p, shape in zip(pairings, shapes, strict=True)]
+        y = vectors(passed.y)
         read = boundaries.read_of(passed.y, pairings[-1].padding)
         y = (y if read is None else y * read.to(y)[..., None]).sum((0, 1))  # (n_y,)
         rows: list[list[Tensor]] = [[] for _ in h]
         for k in range(len(y)):
             gradients = torch.autograd.grad(y[k], h, retain_graph=True, materialize_grads=True)
-            for row, gradient, pairing in zip(rows, gradients, pairings, strict=True):
-                row.append(_mean(boundaries.layout.vectors(gradient), pairing.padding))
+            for row, gradient, pairing, count in zip(rows, gradients, pairings, counts, strict=True):
+                row.append(pairing.unpadded(vectors(gradient)).sum((0, 1)) / count)
     finally:
         with torch.no_grad():
             for p, value in zip(branches, values, strict=True):
@@ -89,14 +93,6 @@ def shortcut_feedback(
 def shortcuts_of(block: nn.Module) -> list[nn.Module]:
     """Return the modules on a block's shortcut connections, by the names that timm and transformers give them."""
     return [m for name, m in block.named_modules() if name.split(".")[-1] in SHORTCUTS]
-
-
-def _mean(vectors: Tensor, padding: Tensor | None) -> Tensor:
-    """The mean of ``(batch, positions, n)`` where there is no padding."""
-    if padding is None or padding.shape != vectors.shape[:2]:
-        return vectors.mean((0, 1))
-    there = (padding != 0).to(vectors)
-    return (vectors * there[..., None]).sum((0, 1)) / there.sum().clamp(min=1)
 
 
 @contextmanager

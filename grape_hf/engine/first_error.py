@@ -16,6 +16,7 @@ from grape_hf.core.boundaries import Boundaries, ReadAt
 from grape_hf.core.calls import ModelCall
 from grape_hf.core.feedback import Feedback, is_identity
 from grape_hf.core.modes import Forward
+from grape_hf.core.padding import mean_length
 from grape_hf.engine.probe import read_position
 from grape_hf.engine.ranks import Ranks
 
@@ -57,9 +58,7 @@ class FirstError:
     def _count(self, boundaries: Boundaries, e: Tensor) -> float:
         """How many positions are no padding, in the mean over samples."""
         batch, positions = boundaries.layout.vectors(e).shape[:2]
-        padding = boundaries.pairing(len(boundaries) - 1, e).padding
-        there = None if padding is None or padding.shape != (batch, positions) else padding.count_nonzero()
-        return positions if there is None else max(1.0, float(there / batch))
+        return mean_length(boundaries.pairing(len(boundaries) - 1, e).padding, batch, positions)
 
     def due(self, boundaries: Boundaries, step: int) -> bool:
         """Whether the error of a step is to be looked at again."""
@@ -73,7 +72,7 @@ class FirstError:
     def changes(self, boundaries: Boundaries, feedback: Feedback, step: int) -> bool:
         """Pair errors by what was seen, from the next step on, and return whether that is new; all ranks call it."""
         if not self.taken:
-            return self.take(boundaries, feedback)
+            return self._take(boundaries, feedback)
         if not self.due(boundaries, step):
             return False
         several, self._several = self._several, False
@@ -88,7 +87,7 @@ class FirstError:
         boundaries.read_at = None
         matrices = feedback.learned
         sources = [None] * len(matrices) if feedback.maps is None else feedback.maps.sources
-        eye = [torch.eye(*b.shape, out=torch.empty_like(b)) for b in matrices]
+        eye = [torch.eye(*b.shape).to(b) for b in matrices]
         shared = [torch.allclose(b * self._positions, i) for b, i in zip(matrices, eye, strict=True)]
         whole = [
             i if is_shared and source is None else b
@@ -104,7 +103,7 @@ class FirstError:
             for index in (i for i, source in enumerate(feedback.maps.sources) if source is None):
                 feedback.maps.sums.pop(index, None)
 
-    def take(self, boundaries: Boundaries, feedback: Feedback) -> bool:
+    def _take(self, boundaries: Boundaries, feedback: Feedback) -> bool:
         """Pair errors by what the first has shown: a step's micro-batches are paired alike. Return whether that is new.
 
         Where rank 0 has seen none yet, the next step's is waited for.

@@ -111,12 +111,10 @@ class Watcher:
             floating = [(p, t) for p, t in nested.tensors(output) if t.is_floating_point()]
             self.made_of |= {(index, p): marks_of([t]) for p, t in floating}
             self.inputs[index] = self.made_of[index, path]
-            own = {id(p) for p in module.parameters()} | {id(p) for p in self.boundaries.blocks[index].parameters()}
             if index - 1 in self.parts:
                 main = index - 1, self.parts[index - 1]
-                learned = [p for p, t in floating if p != path and own & parameters_of([t], ends=is_mark)]
-                marks = [self.made_of[index, p] for p in learned]
-                self.apart |= any(found and main not in found for found in marks)
+                beside = [self.made_of[index, p] for p, t in floating if p != path and self._learned(index, t)]
+                self.apart |= any(marks and main not in marks for marks in beside)
             for p, t in floating:
                 marked = Mark.apply(t if t.requires_grad else t.detach().requires_grad_(), (index, p))
                 output = nested.put(output, p, marked)
@@ -136,9 +134,13 @@ class Watcher:
         usual = next(iter(self.parts.values()), None)
         if usual in places:
             places = [usual, *places]
-        own = {id(p) for p in self.boundaries.blocks[index].parameters()}
-        made = (p for p in places if own & parameters_of([nested.get(output, p)], ends=is_mark))
+        made = (p for p in places if self._learned(index, nested.get(output, p)))
         return next(made, next(iter(places), None))
+
+    def _learned(self, index: int, t: Tensor) -> bool:
+        """Whether the block's own weights had a part in what it returned."""
+        own = {id(p) for p in self.boundaries.blocks[index].parameters()}
+        return bool(own & parameters_of([t], ends=is_mark))
 
     def say_apart(self) -> None:
         """Warn of blocks that hand on several streams, of which one is cut."""

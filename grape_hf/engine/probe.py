@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from grape_hf.core import nested
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError, ReadAt
 from grape_hf.core.isolation import isolated
+from grape_hf.core.padding import mean_length
 from grape_hf.core.paths import has_path
 from grape_hf.engine.look import Watcher
 
@@ -149,10 +150,7 @@ class Look(Watcher):
 
     def _positions(self, boundaries: Boundaries, h: Tensor) -> float:
         batch, positions = boundaries.layout.vectors(h.detach()).shape[:2]
-        padding = boundaries.pairing(0, h).padding
-        if padding is None or padding.is_meta or padding.shape != (batch, positions):
-            return positions
-        return max(1.0, float(padding.count_nonzero() / batch))
+        return mean_length(boundaries.pairing(0, h).padding, batch, positions)
 
     def _check_output(self, boundaries: Boundaries, y: Tensor | None) -> None:
         name = type(boundaries.output).__name__

@@ -13,6 +13,7 @@ from torch import Tensor
 from grape_hf.core.alignment import inner_products
 from grape_hf.core.block_maps import chained
 from grape_hf.core.feedback import Feedback, FeedbackInit, initial_feedback, is_identity, normalize_columns
+from grape_hf.core.padding import mean_length
 from grape_hf.core.star import Matrix
 from grape_hf.engine.probe import read_position
 from grape_hf.pipeline.maps import StageMaps
@@ -116,9 +117,8 @@ class StageFeedback:
     def _positions(self, longest: int) -> float:
         """Return how many positions of this batch are no padding, in the mean over samples."""
         there = [padding for padding in self._padding if padding is not None]
-        if len(there) < len(self._padding) or not there:
-            return longest
-        return max(1.0, float(sum(p.count_nonzero() for p in there)) / sum(map(len, there)))
+        whole = torch.cat(there) if there and len(there) == len(self._padding) else None
+        return mean_length(whole, 0 if whole is None else len(whole), longest)
 
     def deltas(
         self, points: Sequence[int], arrived: Tensor, e: Tensor, dtype: torch.dtype | None = None

@@ -46,14 +46,11 @@ class WideMaps(BlockMaps):
 
         Deltas are not computed by them (``feedback_path``), but for those of maps that take e.
         """
-        wide, self.G = self.G, list(self.G)
-        for index, source in enumerate(self.sources):
-            if source is not None:
-                self.G[index] = wide[index].unflatten(1, (-1, self.kernel**2)).sum(-1)
-        try:
-            return super().product(above)
-        finally:
-            self.G = wide
+        narrow = [
+            g if source is None else g.unflatten(1, (-1, self.kernel**2)).sum(-1)
+            for g, source in zip(self.G, self.sources, strict=True)
+        ]
+        return BlockMaps(narrow, self.sources).product(above)
 
     def apply(self, index: int, d: Tensor) -> Tensor:
         """Return G d."""

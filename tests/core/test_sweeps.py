@@ -168,13 +168,17 @@ def test_maps_learn_from_the_deltas_that_they_made():
         torch.testing.assert_close(maps.sums[i].residual, (v - d @ maps.G[i].mT).mT @ d)
 
 
-def test_an_encoder_under_a_decoder_is_swept_too():
+def t5() -> nn.Module:
     config = T5Config(
         vocab_size=31, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0,
         decoder_start_token_id=0,
     )  # fmt: skip
     torch.manual_seed(1)
-    model = AutoModelForSeq2SeqLM.from_config(config).double()
+    return AutoModelForSeq2SeqLM.from_config(config).double()
+
+
+def test_an_encoder_under_a_decoder_is_swept_too():
+    model = t5()
     x, labels = torch.randint(1, 31, (3, 8)), torch.randint(1, 31, (3, 5))
 
     def loss() -> Tensor:
@@ -196,12 +200,7 @@ def test_an_encoder_under_a_decoder_is_swept_too():
 @pytest.mark.parametrize("sweeps", [1, 2])
 def test_no_shortcut_leads_from_a_decoder_to_its_encoder(sweeps):
     """Also where source and target are as long: a source trains as the same with a padded position."""
-    config = T5Config(
-        vocab_size=31, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(1)
-    model = AutoModelForSeq2SeqLM.from_config(config).double()
+    model = t5()
     x, labels = torch.randint(1, 31, (3, 5)), torch.randint(1, 31, (3, 5))
     mask = torch.ones(3, 5).long()
     blocks = list(find_blocks(model).values())

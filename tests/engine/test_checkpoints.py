@@ -173,6 +173,8 @@ def test_a_users_own_save_of_the_state_ends_no_save(method, tmp_path):
             super().save_model(output_dir, _internal_call)
             self.save_state()
             assert last_checkpoint(tmp_path) != output_dir
+            marked = {f.parent.name for f in tmp_path.glob("checkpoint-*/checkpoint-is-incomplete.txt")}
+            assert marked == ({Path(output_dir).name} if _internal_call else set())
 
     train(GPT2, tmp_path, Eager, method=method, save_total_limit=2, **SAVED)
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 10
