@@ -30,7 +30,7 @@ from grape_hf.pipeline.trainer import PipelineMixin
 from grape_hf.reports.card_mixin import CardMixin
 from grape_hf.reports.log_names import log_names
 from grape_hf.reports.progress import ProgressFigures
-from grape_hf.training_args import GrapeArgumentsMixin
+from grape_hf.training_args import GrapeArgumentsMixin, options_of
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
                     f'method="{self.grape_options.method}" is ordinary backpropagation here.'
                 )
             # After the bar that it writes on.
-            self.add_callback(ProgressFigures(self.callback_handler.callbacks, lambda: self.grape_options))
+            self.add_callback(ProgressFigures(self))
 
     @property
     def feedback(self) -> list[Tensor]:
@@ -168,6 +168,12 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
 
     def _options_for_model(self) -> GrapeArgumentsMixin:
         """Return GrAPE's options with the values for this model; of a stage, for the whole that it was taken from."""
+        stages = 1 if self._pipeline is None else self._pipeline.places.stages
+        if (asked := options_of(self.args).pipeline_stages) != stages:
+            raise ValueError(
+                f"pipeline_stages={asked} came when the Trainer had been made, which divides the model: it has "
+                f"{stages}. Set it in the arguments that the Trainer is made with."
+            )
         return options_for(self.model, self.args) if self._pipeline is None else self._pipeline.options
 
     def _new_engine(self) -> Engine | None:
@@ -183,6 +189,7 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
         # Entered once per train(), and again by auto_find_batch_size: each time a fresh run, with the options that the
         # arguments hold now (a hyperparameter search changes them).
         self._engine, self._resumed_from, self.grape_options = None, None, self._options_for_model()
+        refuse_settings(self, self.grape_options)
         self._micro_batch = (-1, 0)
         self._witness_steps()
         training = [(module, module.training) for module in self.model.modules()]

@@ -15,6 +15,8 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2ForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -422,3 +424,45 @@ def test_a_token_anywhere_is_read_where_the_error_arose(tmp_path):
             terms = jacobian_terms(boundaries, lambda: model(**batch), Noise(42, 0, range(0, 8, 2)))
         found = [torch.allclose(b, j.mT, atol=1e-5) for b, j in zip(trainer.feedback, terms.mean(), strict=True)]
         assert found == [same, same]
+
+
+def masked_tokens(*counts: int) -> list[dict[str, Tensor]]:
+    """Sentences with so many tokens to predict each."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for count in counts:
+        tokens, labels = torch.randint(4, 20, (10,), generator=generator), torch.full((10,), -100)
+        labels[:count] = tokens[:count]
+        rows.append({"input_ids": tokens, "labels": labels})
+    return rows
+
+
+def sparse(activation: str = "gelu") -> ModernBertForMaskedLM:
+    """A model whose head runs on the masked tokens alone."""
+    torch.manual_seed(0)
+    config = ModernBertConfig(vocab_size=20, hidden_size=32, intermediate_size=32, num_hidden_layers=3)
+    config.num_attention_heads, config.sparse_prediction, config.max_position_embeddings = 2, True, 32
+    config.classifier_activation, config.pad_token_id = activation, 0
+    return ModernBertForMaskedLM(config)
+
+
+@pytest.mark.parametrize("first", [[0, 2, 0, 2], [1, 1, 1, 1]], ids=["at once", "later"])
+def test_a_head_on_chosen_tokens_whose_rows_are_as_many_as_samples(first, tmp_path):
+    """Row i of y is of another sample than sample i: its error would have gone to that one."""
+    data = masked_tokens(*first, *[0, 2, 0, 2] * 3)
+    run = STEP | dict(max_steps=4, per_device_train_batch_size=4)
+    with pytest.raises(RuntimeError, match=r'row 0 of the head.*feedback_space="hidden"'):
+        GrapeTrainer(sparse(), arguments(tmp_path, feedback_space="logits", **run), train_dataset=data).train()
+    GrapeTrainer(sparse(), arguments(tmp_path, feedback_space="hidden", **run), train_dataset=data).train()
+
+
+def test_a_head_that_sends_a_sample_nothing_is_of_the_samples(tmp_path):
+    """No unit of its ReLU is on."""
+    model = sparse("relu")
+    with torch.no_grad():
+        model.head.dense.weight.zero_()
+    GrapeTrainer(
+        model,
+        arguments(tmp_path, feedback_space="logits", **STEP | dict(max_steps=2, per_device_train_batch_size=4)),
+        train_dataset=masked_tokens(*[1] * 8),
+    ).train()

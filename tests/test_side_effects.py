@@ -3,6 +3,7 @@
 import copy
 import io
 import random
+import threading
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LEARNED, arguments
+from helpers import LEARNED, arguments, assert_same, make_trainer, weights
+from problems import PADDED
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -308,3 +310,39 @@ def test_a_copy_made_in_the_loss_is_an_ordinary_model(steps, options, tmp_path):
             assert wanted.any()
             assert torch.equal(then, wanted)
             assert torch.equal(now, wanted)
+
+
+class Demonstration:
+    """Runs the model in a thread of its own in the middle of each forward of the training."""
+
+    def __init__(self, model: nn.Module, gradients: bool) -> None:
+        self.model, self.gradients, self.runs = model, gradients, 0
+        model.model.layers[1].register_forward_hook(self.meanwhile)
+
+    def meanwhile(self, *args: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=self.run)
+            thread.start()
+            thread.join(20)
+            assert not thread.is_alive()
+
+    def run(self) -> None:
+        mask = torch.ones(3, 5, dtype=torch.long)
+        mask[0, 1:] = 0
+        with torch.set_grad_enabled(self.gradients):
+            self.model(input_ids=torch.ones_like(mask), attention_mask=mask)
+        self.runs += 1
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("options", [LEARNED, {}, {"feedback_sweeps": 9}], ids=["lms", "local", "sweeps"])
+def test_a_thread_that_runs_the_model_meanwhile_changes_nothing(gradients, options, tmp_path):
+    def trained(disturbed: bool) -> tuple[dict[str, Tensor], int]:
+        trainer = make_trainer(PADDED, tmp_path, dtype=torch.float64, max_steps=3, alignment_steps=1, **options)
+        demonstration = Demonstration(trainer.model, gradients) if disturbed else None
+        trainer.train()
+        return weights(trainer), demonstration.runs if demonstration else 0
+
+    found, runs = trained(disturbed=True)
+    assert runs >= 3
+    assert_same(found, trained(disturbed=False)[0])

@@ -5,6 +5,7 @@ half: what users hang on a Trainer goes on working.
 """
 
 import dataclasses
+import pickle
 from types import MethodType
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import GradientState
 from helpers import (
     LEARNED,
     OnEvent,
@@ -576,3 +578,29 @@ def test_batch_norms_get_the_whole_batch(tmp_path):
     trainer = train(NOISY, tmp_path, jvp_steps=1, jvp_fraction=0.25)
     assert_same(weights(trainer), weights(train(NOISY, tmp_path, jvp_steps=1, jvp_fraction=1.0)))
     assert logged(trainer, "grape/alignment/estimate/mean")
+
+
+def test_a_trainer_may_be_pickled(tmp_path):
+    """As the stock Trainer may: searches on clusters send it to workers."""
+    trainer = make_trainer(PLAIN, tmp_path, max_steps=1)
+    GradientState().dataloader_references = [
+        None
+    ]  # another test's training left weak references, which cannot be pickled
+    again = pickle.loads(pickle.dumps(trainer))
+    again.train()
+    trainer.train()
+    assert_same(weights(again), weights(trainer))
+
+
+def test_the_number_of_stages_is_that_of_the_trainers_making(tmp_path):
+    trainer = make_trainer(PLAIN, tmp_path)
+    trainer.args.pipeline_stages = 2
+    with pytest.raises(ValueError, match="pipeline_stages=2 came when the Trainer had been made"):
+        trainer.train()
+
+
+def test_what_is_set_before_train_is_checked_as_at_the_making(tmp_path):
+    trainer = make_trainer(PLAIN, tmp_path, method="bp", torch_compile=True)
+    trainer.args.method = "fa"
+    with pytest.raises(ValueError, match="does not go with torch_compile"):
+        trainer.train()

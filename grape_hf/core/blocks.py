@@ -54,10 +54,11 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> Chain:
     found: dict[str, nn.Module] = {}
     for wanted in (part.strip() for part in blocks.split(",")):
         name, module = _named(model, wanted)
-        if isinstance(module, nn.ModuleList | nn.Sequential):
+        if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
             found |= _units(module, name) or {f"{name}.{child}": item for child, item in module.named_children()}
         else:
             found[name] = module
+    _refuse_shared(found)
     for name, block in found.items():
         if not _has_parameters(block):
             raise ValueError(f"blocks={blocks!r}: {name} ({type(block).__name__}) has no parameters to train.")
@@ -126,6 +127,7 @@ def _search_in(model: nn.Module, prefix: str = "") -> Chain:
         stacks = [_units(m, _join(name, inner)) for inner, m in model.named_modules() if isinstance(m, nn.Sequential)]
         longest = max(stacks, key=len, default={})
         if len(longest) > 1:
+            _refuse_shared(longest)
             return longest
         raise ValueError(
             f"found no blocks in {type(model).__name__}: expected an nn.ModuleList or nn.Sequential whose items the "
@@ -215,8 +217,9 @@ def _is_stage(module: nn.Module) -> bool:
 
 def _units(module: nn.Module, name: str) -> Chain:
     """A plain stack, cut before each convolution or linear layer; empty if the module holds anything composite."""
-    children = list(module.named_children())
-    if not isinstance(module, nn.Sequential) or any(any(True for _ in child.children()) for _, child in children):
+    # named_children() leaves out what stands there again.
+    children = [(child, part) for child, part in module._modules.items() if part is not None]
+    if not isinstance(module, nn.Sequential) or any(any(True for _ in part.children()) for _, part in children):
         return {}
     weighted = [i for i, (_, child) in enumerate(children) if isinstance(child, _WEIGHTED)]
     cuts = [0, *weighted[1:], len(children)]
@@ -226,6 +229,16 @@ def _units(module: nn.Module, name: str) -> Chain:
         _join(name, children[end - 1][0]): Unit(*(child for _, child in children[start:end]))
         for start, end in pairwise(cuts)
     }
+
+
+def _refuse_shared(chain: Chain) -> None:
+    """Raise ValueError if one module is a part of several units of a plain stack: its hooks could not tell which."""
+    parts = Counter(part for block in chain.values() if isinstance(block, Unit) for part in set(block))
+    if shared := [type(part).__name__ for part, times in parts.items() if times > 1]:
+        raise ValueError(
+            f"one {shared[0]} stands at several places of a plain stack: expected a module of its own at each place "
+            f'({shared[0]}() again; what has no weights learns nothing other by it), or method="bp".'
+        )
 
 
 def _join(name: str, child: str) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from grape_hf.core.block_maps import BlockMaps
+from grape_hf.core.head_check import HeadCheck
 from grape_hf.core.layout import Pairing
 from grape_hf.core.lesson import Lesson
 from grape_hf.core.modes import FollowingMode, Forward
@@ -142,9 +143,9 @@ class BroadcastMode(FollowingMode):
             return h
         boundaries = self.boundaries
         # In few steps (``FeedbackPoints.check``): that takes a backward of the head.
-        if mode is self and self.keep != "h and e" and not boundaries.last_checked:
-            boundaries.last_checked = True
-            mode.star.last = None if boundaries.whole or torch.compiler.is_compiling() else h
+        look = mode is self and self.keep != "h and e" and not boundaries.last_checked
+        boundaries.last_checked |= look
+        mode.star.head = HeadCheck(h if look and not boundaries.whole and not torch.compiler.is_compiling() else None)
         return Last.apply(h, mode.star)
 
     @property
@@ -175,7 +176,7 @@ class BroadcastMode(FollowingMode):
             if mode is self and site >= len(self.boundaries):  # a block before the last may have another size
                 self.boundaries.check_size(len(self.boundaries), y)
             mode.star.site = site
-            mode.star.y = y if mode.star.arms or mode.star.last is not None else None
+            mode.star.y = y if mode.star.arms or (mode.star.head and mode.star.head.looks) else None
             kept = self.forwards[-1].errors if mode is self and self.keep != "nothing" else None
             y = Broadcast.apply(y, mode.token, mode.star, site, kept)
         if mode is self and self.forwards:

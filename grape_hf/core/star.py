@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from grape_hf.core.block_maps import BlockMaps
+from grape_hf.core.head_check import HeadCheck
 from grape_hf.core.layout import Pairing
 from grape_hf.core.lesson import Lesson
 from grape_hf.core.paths import pull_back
@@ -105,8 +106,8 @@ class Star:
         e: dLoss/dy, in the shape of y; None before the backward gets there.
         site: which node is the one at y. Where blocks are left out at random any of them may be the last that ran.
         arms: the boundaries, kept for sweeps and paths alone.
-        y: the output with its graph, kept for sweeps, paths and ``last``.
-        last: h_L as its block made it, where it is to be seen once whether all of its gradient comes by way of y.
+        y: the output with its graph, kept for sweeps, paths and the head's check.
+        head: what is seen of a head whose output is y.
         over: whether no backward of this forward can come any more.
         sweeping: whether a sweep is under way. Its backward comes by the nodes of arms that lie below, which then
             receive nothing.
@@ -126,8 +127,7 @@ class Star:
         self.lesson, self.sweeps, self.path, self.maps, self.around = lesson, sweeps, path, maps, around
         self.arms: dict[int, Arm] = {}
         self.y: Tensor | None = None
-        self.last: Tensor | None = None
-        self._by_y: Tensor | None = None  # what y sends to ``last``
+        self.head: HeadCheck | None = None
         self.sweeping = self.over = False
         self.dtype: torch.dtype | None = None
         self._rounded: Tensor | None = None  # e in that dtype
@@ -141,10 +141,9 @@ class Star:
                 "feedback_sweeps and feedback_path need the graphs of all blocks."
             )
         self.e, self._rounded = e, None
-        if self.last is not None and self.y is not None:
+        if self.head is not None:
             with self._aside():
-                (self._by_y,) = torch.autograd.grad(self.y, self.last, e, retain_graph=True, allow_unused=True)
-            self.last = None
+                self.head.send(self.y, e)
         if self.arms:
             deltas = self._down_the_path(e) if self.path else self._by_matrices()
             self._ready = self._sweep(deltas, e)
@@ -154,20 +153,12 @@ class Star:
 
         Of a head that was not called at all ``Boundaries.broadcast`` tells.
         """
-        if self.sweeping or self.site is None or (self.e is not None and self._by_y is None):
-            return
-        by_y, self._by_y = self._by_y, None
-        # Two backwards of the same operations agree to rounding. Where fp16 overflows nothing can be said.
-        if by_y is None or torch.dist(gradient, by_y) > 0.01 * torch.linalg.vector_norm(gradient):
-            raise RuntimeError(
-                "the loss reads the output of the last block beside the head (a loss on hidden states, features kept "
-                "by a hook, several heads), and the error is measured at the head's output: what comes from there "
-                'would not reach the other blocks. Use feedback_space="hidden".'
-            )
+        if self.head is not None and self.site is not None and not self.sweeping:
+            self.head.arrived(gradient)
 
     def forget(self) -> None:
         """Let go of the graph. Until then another backward of the same forward may come."""
-        self.arms, self.y, self.last, self._ready, self.over = {}, None, None, {}, True
+        self.arms, self.y, self.head, self._ready, self.over = {}, None, None, {}, True
 
     def delta(self, index: int, B: Matrix | None, h_shape: torch.Size, pairing: Pairing) -> Tensor:
         """Return delta_l: B_l e, or what paths and sweeps have made of it.

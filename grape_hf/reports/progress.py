@@ -5,7 +5,7 @@ Trainer's progress bar, and in its table in notebooks. The Trainer's own callbac
 whatever is logged; with ``disable_tqdm`` there is neither, and no figures are shown here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import (
@@ -31,12 +31,12 @@ class ProgressFigures(TrainerCallback):
     """Add to what the Trainer's own progress callback shows.
 
     Args:
-        callbacks: the Trainer's callbacks, this one behind the one that it adds to.
-        options: returns GrAPE's options with the values for the model.
+        trainer: it has GrAPE's options with the values for the model, and callbacks, of which this one stands behind
+            the one that it adds to.
     """
 
-    def __init__(self, callbacks: Sequence[TrainerCallback], options: Callable[[], GrapeArgumentsMixin]) -> None:
-        self._callbacks, self._options = callbacks, options
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self._callbacks = trainer, trainer.callback_handler.callbacks
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -45,7 +45,7 @@ class ProgressFigures(TrainerCallback):
         given = options_of(args)
         if given.grape_preset != "auto" or given.method in ("bp", *BASELINES):
             return
-        options = self._options()
+        options = self._trainer.grape_options
         if not any(PRESET in entry for entry in state.log_history):  # as in a run that resumes
             state.log_history.insert(0, {PRESET: options.grape_preset, "step": 0})
         if state.is_world_process_zero:

@@ -190,6 +190,24 @@ def test_what_stands_before_the_first_weights_of_a_plain_stack_belongs_to_its_fi
     ]
 
 
+def test_one_activation_at_several_places_of_a_plain_stack_is_refused():
+    activation = nn.ReLU()
+    stack = nn.Sequential(nn.Linear(4, 4), activation, nn.Linear(4, 4), activation, nn.Linear(4, 2))
+    for blocks in (None, "0"):
+        with pytest.raises(ValueError, match="one ReLU stands at several places of a plain stack"):
+            find_blocks(nn.Sequential(stack), blocks)
+    inside = nn.Sequential(nn.Linear(4, 4), activation, activation, nn.Linear(4, 2))
+    assert list(find_blocks(nn.Sequential(inside), "0")) == ["0.2", "0.3"]
+
+
+def test_a_dict_that_is_named_stands_for_its_items():
+    model = nn.Module()
+    model.layers = nn.ModuleDict({"first": nn.Linear(2, 2), "second": nn.Linear(2, 2)})
+    assert list(find_blocks(model, "layers").items()) == [
+        ("layers.first", model.layers.first), ("layers.second", model.layers.second)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("blocks", "points", "ends"),
     [(9, 0, range(1, 10)), (9, 1, (4, 9)), (9, 2, (3, 6, 9)), (9, 8, range(1, 10)), (3, 1, (1, 3)), (1, 1, (1,))],
