@@ -39,11 +39,7 @@ class BlockHook:
         path = nested.find(output, self.boundaries.parts.get(self.index))
         h = None if path is None else nested.get(output, path)
         if not isinstance(h, Tensor):
-            raise TypeError(
-                f"block {self.index + 1} ({type(self.block).__name__}) was expected to return its hidden states, or a "
-                "tuple, a list, a mapping or a dataclass that holds them; it returned "
-                f"{type(output).__name__}. Name other blocks with the option `blocks`."
-            )
+            raise no_hidden_states(self.index, self.block, output)
         assert path is not None
         whole = ends(self.block)[0] is module
         mode.at_block(self.index, h, whole and _handed_on(h, args, kwargs))
@@ -69,6 +65,16 @@ class BlockHook:
         """Return what the block was called with, and forget it."""
         inputs, self.inputs = self.inputs, ((), {})
         return inputs
+
+
+def no_hidden_states(index: int, block: nn.Module, output: Any) -> TypeError:
+    """Return the error for a block that returns nothing that a boundary can be put behind."""
+    found = [f"{t.dtype} of shape {tuple(t.shape)}" for _, t in nested.tensors(output)]
+    return TypeError(
+        f"block {index + 1} ({type(block).__name__}) was expected to return its hidden states, floating-point numbers "
+        "of shape (batch, ...), or a tuple, a list, a mapping or a dataclass that holds them; it returned "
+        f"{type(output).__name__}{': ' if found else ''}{', '.join(found)}. Name other blocks with the option `blocks`."
+    )
 
 
 def _handed_on(h: Tensor, args: tuple, kwargs: dict) -> bool:

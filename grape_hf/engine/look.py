@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grape_hf.core import nested
+from grape_hf.core.block_hooks import no_hidden_states
 from grape_hf.core.blocks import ends
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.channels import Channels
@@ -93,13 +94,8 @@ class Watcher:
             if in_backward():  # a checkpointed segment runs again
                 return nested.map_tensors(output, lambda t: Mark.apply(t, None) if t.is_floating_point() else t)
             path = self._part(index, output)
-            if path is None:
-                block = type(self.boundaries.blocks[index]).__name__
-                raise TypeError(
-                    f"block {index + 1} ({block}) was expected to return its hidden states, or a tuple, a list, a "
-                    f"mapping or a dataclass that holds them; it returned {type(output).__name__}. Name other blocks "
-                    "with the option `blocks`."
-                )
+            if path is None or nested.get(output, path).ndim < 2:
+                raise no_hidden_states(index, self.boundaries.blocks[index], output)
             self.again = self.again or (bool(self.order) and len(self.order) == len(self.boundaries.blocks))
             if self.again:  # a further forward for the same loss
                 if index == 0 and any(k == len(self.boundaries) for k, _ in marks_of([nested.get(output, path)])):

@@ -249,3 +249,30 @@ def test_what_blocks_hand_on_goes_around_if_it_is_made_of_hidden_states(net, aro
     boundaries = Boundaries(net.blocks, readers=[[block] for block in net.blocks[1:]])
     probe(net, boundaries, lambda: net(torch.randn(2, 4)))
     assert boundaries.around is around
+
+
+@pytest.mark.parametrize("kind", ["complex", "no batch"])
+def test_hidden_states_that_no_boundary_can_be_put_behind_are_described(kind, tmp_path):
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, h: Tensor) -> Tensor:
+            return self.layer(h.real).to(torch.complex64) if kind == "complex" else self.layer(h)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Odd() for _ in range(3))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = x[0] if kind == "no batch" else x.to(torch.complex64)
+            for block in self.blocks:
+                h = block(h)
+            return {"loss": h.real.pow(2).mean()}
+
+    found = r"complex64 of shape \(4, 6\)" if kind == "complex" else r"float32 of shape \(6,\)"
+    trainer = GrapeTrainer(Model(), arguments(tmp_path), train_dataset=[{"x": torch.randn(6)} for _ in range(8)])
+    with pytest.raises(TypeError, match=rf"block 1 \(Odd\) was expected .*\(batch, ...\).*{found}"):
+        trainer.train()
