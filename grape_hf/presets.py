@@ -102,8 +102,15 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
         for method in BASELINES
     },
 }
-# Whoever gives one of these chooses between the presets for convolutional networks.
-_RESNETS_OWN = {*_OF_ESTIMATES, *(k for k, v in PRESETS["resnet"].items() if v != PRESETS["convnet"][k])}
+# Whoever gives one of these another value than `resnet` has, or an option of an estimate, does not want `resnet`.
+_OF_ITS_KIND = (
+    "feedback_points",
+    "feedback_space",
+    "feedback_sharing",
+    "feedback_init",
+    "feedback_rule",
+    "feedback_path",
+)
 # Methods whose B_l learn from estimates of the Jacobians.
 ESTIMATING = ("grape", "fdfa")
 
@@ -118,8 +125,7 @@ def filled(given: Mapping[str, Any], convolutional: bool = False, shortcuts: boo
     """
     found = dict(given)
     if found["grape_preset"] == "auto":
-        own = any(given[name] is not None and given[name] is not False for name in _RESNETS_OWN)
-        resnet = shortcuts and given["method"] == "grape" and not own
+        resnet = shortcuts and given["method"] == "grape" and not _goes_without_paths(given)
         found["grape_preset"] = ("resnet" if resnet else "convnet") if convolutional else "recommended"
     implied = PRESETS[found["grape_preset"]] | METHOD_OPTIONS.get(given["method"], {})
     if given["method"] == "dfa" and (given["feedback_path"] or implied["feedback_path"]) == "shortcut":
@@ -133,3 +139,10 @@ def filled(given: Mapping[str, Any], convolutional: bool = False, shortcuts: boo
     if given["method"] == "grape" and found["grape_preset"] != "paper":  # a map learns at next to no cost
         implied["jvp_steps"] = 1 if (given["feedback_rule"] or implied["feedback_rule"]) == "local" else 4
     return found | {name: value for name, value in implied.items() if found[name] is None}
+
+
+def _goes_without_paths(given: Mapping[str, Any]) -> bool:
+    """Whether what is given speaks against the preset `resnet`, where the model has shortcut connections."""
+    estimates = any(given[name] not in (None, False) for name in _OF_ESTIMATES)
+    other = any(given[name] not in (None, PRESETS["resnet"][name]) for name in _OF_ITS_KIND)
+    return estimates or other or given["feedback_sweeps"] == 0

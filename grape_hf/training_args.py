@@ -47,8 +47,8 @@ class GrapeArgumentsMixin:
             "help": "The values of all options below that are not given. `recommended`: what worked best in our "
             "studies of Transformers. `convnet` and `resnet`: of convolutional networks without and with shortcut "
             "connections. `auto`: `recommended` where the blocks have no convolutions; else `convnet`, or `resnet` "
-            "where there are shortcuts too, the method is `grape`, and you give none of the options in which these two "
-            "differ. `paper`: the settings of the GrAPE paper (ICLR 2026)."
+            "where there are shortcuts too, the method is `grape`, and you give no option of another kind of "
+            "feedback. `paper`: the settings of the GrAPE paper (ICLR 2026)."
         },
     )
     blocks: str | None = field(
@@ -81,9 +81,9 @@ class GrapeArgumentsMixin:
     )
     feedback_init: Literal["auto", "identity", "gaussian", "zero"] | None = _option(
         "feedback_init",
-        "How B_l starts. `identity`: the Jacobian of the shortcut path alone, which is the identity matrix where h_l "
-        "and y are of one size. `gaussian`: random numbers. `zero`: zeros. `auto`: `identity` where the error is "
-        "measured in hidden space and the sizes are one, else `gaussian`. Method `dfa` starts with `gaussian`.",
+        "How B_l, or a map, starts. `identity`: the Jacobian of the shortcut path alone, the identity matrix where its "
+        "two sizes agree. `gaussian`: random numbers. `zero`: zeros. `auto`: `identity` where that fits, else "
+        "`gaussian`; `zero` in an encoder below a decoder, and beside a shortcut path. Method `dfa`: `gaussian`.",
     )
     feedback_rule: Literal["lms", "cosine", "ema", "local"] | None = _option(
         "feedback_rule",

@@ -461,8 +461,9 @@ def test_a_head_that_sends_a_sample_nothing_is_of_the_samples(tmp_path):
     model = sparse("relu")
     with torch.no_grad():
         model.head.dense.weight.zero_()
-    GrapeTrainer(
-        model,
-        arguments(tmp_path, feedback_space="logits", **STEP | dict(max_steps=2, per_device_train_batch_size=4)),
-        train_dataset=masked_tokens(*[1] * 8),
-    ).train()
+    options = STEP | dict(max_steps=2, per_device_train_batch_size=4, feedback_space="logits")
+    trainer = GrapeTrainer(model, arguments(tmp_path, **options), train_dataset=masked_tokens(*[1] * 8))
+    with torch.no_grad():
+        model.head.dense.weight.zero_()
+    trainer.train()
+    assert trainer.state.global_step == 2

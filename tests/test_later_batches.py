@@ -125,10 +125,12 @@ class Tasks(nn.Module):
         self.stem, self.sentence, self.tokens = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, 12), nn.Linear(WIDTH, 12)
         self.blocks = nn.ModuleList(Block() for _ in range(4))
 
-    def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
         h = self.stem(x)
         for block in self.blocks:
             h = block(h)
+        if target is None:
+            return {"states": h}
         if target.shape[1] == 1:
             return {"loss": F.cross_entropy(self.sentence(h[:, 0]), target[:, 0])}
         return {"loss": F.cross_entropy(self.tokens(h).flatten(0, 1), target.flatten())}
@@ -150,6 +152,83 @@ def test_a_task_that_reads_all_positions_behind_one_that_reads_the_first(
     assert caplog.text.count("several positions of a sample") == 1
     for b in trainer.feedback:
         torch.testing.assert_close(b, torch.eye(WIDTH))
+
+
+@pytest.mark.parametrize("options", [{"method": "dfa", "feedback_init": "identity"}, {}], ids=["identity", "maps"])
+def test_a_resumed_run_does_not_ask_again_where_the_loss_reads(options: Any, tmp_path: Path):
+    """The first batch after the resume reads one position, and the run had found out that others read all."""
+    targets = [1 if (i // 4) % 2 == 0 else 5 for i in range(64)]
+    data = [{"x": torch.randint(9, (5,)), "target": torch.randint(12, (n,))} for n in targets]
+    options = options | {"label_names": ["target"], "train_sampling_strategy": "sequential", "max_steps": 8}
+
+    def trained(resume: str | None = None) -> GrapeTrainer:
+        torch.manual_seed(0)
+        args = arguments(tmp_path, feedback_space="hidden", save_strategy="steps", save_steps=4, **options)
+        trainer = GrapeTrainer(Tasks(), args, train_dataset=data)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    straight = trained()
+    assert_same(learned(trained(str(tmp_path / "checkpoint-4"))), learned(straight))
+    assert straight._run.boundaries.read_at is None
+
+
+def test_two_forwards_for_one_loss_that_read_other_positions(tmp_path: Path):
+    """The error of each is looked at, so that their order makes no difference."""
+
+    class Both(GrapeTrainer):
+        first = 0
+
+        def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            def loss(of_tokens: int) -> Tensor:
+                h, target = model(inputs["x"])["states"], inputs["target"]
+                if of_tokens:
+                    return F.cross_entropy(self.model.tokens(h).flatten(0, 1), target.flatten())
+                return F.cross_entropy(self.model.sentence(h[:, 0]), target[:, 0])
+
+            return loss(self.first) + loss(1 - self.first)
+
+    data = [{"x": torch.randint(9, (5,)), "target": torch.randint(12, (5,))} for _ in range(16)]
+    options = {"feedback_init": "identity", "method": "dfa", "label_names": ["target"], "optim": "sgd"}
+    found = []
+    for first in (0, 1):
+        torch.manual_seed(0)
+        args = arguments(tmp_path, max_steps=4, feedback_space="hidden", **options)
+        trainer = Both(Tasks().double(), args, train_dataset=data)
+        trainer.first = first
+        trainer.train()
+        assert trainer._run.boundaries.read_at is None
+        found.append(learned(trainer))
+    assert_same(*found, rtol=1e-9, atol=1e-11)
+
+
+class WithStates(Tasks):
+    """Hands out what its last block has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = self.tokens
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+        kept: list[Tensor] = []
+        handle = self.blocks[-1].register_forward_hook(lambda *inputs: kept.append(inputs[-1]))
+        found = super().forward(x, target)
+        handle.remove()
+        return found | {"states": kept[0]}
+
+
+@pytest.mark.parametrize("reader", [0, 1])
+def test_any_forward_of_a_loss_may_read_the_last_block_beside_the_head(reader: int, tmp_path: Path):
+    class Two(GrapeTrainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            outputs = [model(**inputs) for _ in range(2)]
+            return outputs[0]["loss"] + outputs[1]["loss"] + outputs[reader]["states"].pow(2).mean()
+
+    torch.manual_seed(0)
+    data = [{"x": torch.randint(9, (5,)), "target": torch.randint(12, (5,))} for _ in range(16)]
+    args = arguments(tmp_path, max_steps=2, feedback_space="logits", label_names=["target"])
+    with pytest.raises(RuntimeError, match="beside the head"):
+        Two(WithStates(), args, train_dataset=data).train()
 
 
 @pytest.mark.parametrize("skipped", [0, 1])

@@ -299,3 +299,12 @@ def test_a_resumed_run_computes_tangents_as_it_is_asked_to(asked, used, tmp_path
     resumed = train(GPT2, tmp_path, **options, max_steps=4, jvp_mode=asked, resume=True)
     assert resumed.state.global_step == 4
     assert resumed._run.jvp_mode == used
+
+
+def test_what_stages_wrote_resumes_with_estimates(tmp_path):
+    """They make none, and so have no way to make them."""
+    folder = stopped(PLAIN, tmp_path, **LEARNED)
+    state = json.loads((Path(folder) / STATE_NAME).read_text())
+    (Path(folder) / STATE_NAME).write_text(json.dumps(state | {"jvp_mode": None}))
+    resumed = train(PLAIN, tmp_path / "resumed", resume=folder, max_steps=20, **LEARNED)
+    assert_same(weights(resumed), weights(train(PLAIN, tmp_path / "straight", max_steps=20, **LEARNED)))

@@ -277,25 +277,33 @@ def test_auto_takes_the_settings_for_shortcuts_where_nothing_says_otherwise(tmp_
     assert options.grape_preset == "resnet"
     assert {name: getattr(options, name) for name in PRESETS["resnet"]} == PRESETS["resnet"]
     assert options == resolved(options), "what is resolved stays as it is"
-    # The options in which the two presets differ, and those of an estimate, each by itself.
+    # Another kind of feedback, or an option of an estimate, each by itself.
     for name, value in {
         "feedback_points": 2,
-        "feedback_space": "hidden",
+        "feedback_space": "logits",
         "feedback_sharing": "none",
         "feedback_init": "gaussian",
-        "feedback_rule": "local",
+        "feedback_rule": "lms",
         "feedback_path": "matrix",
         "feedback_sweeps": 0,
-        "feedback_lr": 0.1,
         "jvp_mode": "dual",
         "jvp_scope": "block",
         "jvp_passes": "per_block",
         "jvp_fraction": 0.5,
-        "jvp_steps": 2,
         "perturbation_space": "activation",
     }.items():
         others = {"feedback_rule": "lms"} if value == "block" else {}
         assert preset(**{name: value}, **others) == "convnet", name
+    # Its own values, and what goes with it.
+    for name in PRESETS["resnet"].keys() - {
+        "jvp_fraction",
+        "jvp_mode",
+        "jvp_scope",
+        "jvp_passes",
+        "perturbation_space",
+    }:
+        assert preset(**{name: PRESETS["resnet"][name]}) == "resnet", name
+    assert preset(feedback_sweeps=2, feedback_lr=0.1, jvp_steps=2, feedback_normalize=True) == "resnet"
     assert preset(calibration_refit=True, calibration_strategy="epoch") == "convnet"
     assert preset(calibration_refit=False, calibration_strategy="epoch", feedback_normalize=True) == "resnet"
     for method in ("dfa", "fdfa", "dkp", "fa", "forward_gradient", "pepita"):

@@ -155,7 +155,7 @@ def _inspect(
     run = GrapeRun(model, options)
     given, options = options.grape_preset, run.options
     if run.single_block:
-        raise ValueError(f"{type(model).__name__} has a single block and so no feedback point: GrAPE is BP here.")
+        raise ValueError(f"{type(model).__name__} has a single block, no feedback point. Name smaller ones: --blocks.")
     shapes: list[tuple[int, ...]] = []
     handles = [ends(block)[1].register_forward_hook(lambda *a: shapes.append(_shape(a[-1]))) for block in run.blocks]
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other comes to lie at its address

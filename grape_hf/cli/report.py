@@ -10,7 +10,7 @@ _MEMORY = {
     "optimiser": "optimiser (AdamW)",
     "activations": "activations kept for the backward",
     "feedback": "B_l",
-    "estimate": "sums of an estimate, as large as B_l",
+    "estimate": "sums that teach B_l",
     "delta": "one delta_l at a time",
 }
 
@@ -67,7 +67,7 @@ def describe(found: Inspection, name: str, batch: str) -> str:
         "",
         f"Estimated operations of a step, in those of backpropagation ({_flops(bp)})",
         *(f"  {what:<36} {value / bp:5.2f}" for what, value in cost.items()),
-        f"  {'GrAPE, a mean step':<36} {found.step_cost:5.2f}",
+        f"  {'a mean step':<36} {found.step_cost:5.2f}",
         "",
         "Estimated memory, float32",
         *(f"  {what:<36} {_bytes(found.memory[key]):>9}" for key, what in _MEMORY.items() if found.memory[key]),

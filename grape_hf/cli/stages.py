@@ -35,7 +35,7 @@ class Costs:
 
 
 def describe_stages(make: Callable[[str], tuple[nn.Module, Batch]], options: GrapeArgumentsMixin) -> str:
-    """Write which blocks go where, with memory and reckoned time of each stage, and the split that is fastest.
+    """Write which blocks go where, with memory and estimated time of each stage, and the split that is fastest.
 
     Args:
         make: makes the model and a batch on a device; called with ``meta``, where tensors have no numbers.
@@ -50,8 +50,12 @@ def describe_stages(make: Callable[[str], tuple[nn.Module, Batch]], options: Gra
     cuts = given_cuts(options.pipeline_split, blocks, stages)
     best = balanced_cuts(costs.flops[:-1], stages, head=costs.flops[-1])
     lines = ["", f"{stages} stages, {options.pipeline_microbatches} micro-batches", *_table(costs, cuts)]
-    methods: dict[str, Method] = {"backpropagation, 1F1B": "1f1b", "direct feedback": "star"}
-    lines.append("Reckoned time of a batch, in those of one process; no transfers, equal speed")
+    methods: dict[str, Method] = {
+        "backpropagation, 1F1B": "1f1b",
+        "backpropagation, delayed gradients": "delayed",
+        "direct feedback": "star",
+    }
+    lines.append("Estimated time of a batch, as a share of one process's; no transfers, equal speed")
     for what, method in methods.items():
         lines.append(f"  {what:<36} {_time(costs, cuts, method, options.pipeline_microbatches):5.2f}")
     split = ",".join(str(b - a) for a, b in pairwise(best))

@@ -138,13 +138,12 @@ def add_pairs(
 
 def pair_products(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
     """Return the inner products of all pairs of each boundary, ``(L-1, 3)``: <g, g'>, |g|^2, |g'|^2."""
-    rows = []
-    for of_block in pairs:
-        row = torch.zeros(3)
-        for g, true in ((g.float(), true.float()) for g, true in of_block):
-            row = row.to(g.device) + inner_products(g, true)
-        rows.append(row)
-    return torch.stack([row.to(rows[0].device) for row in rows])
+    device = next((g.device for of_block in pairs for g, _ in of_block), None)  # a frozen block has no pairs
+    rows = [torch.zeros(3, device=device) for _ in pairs]
+    for row, of_block in zip(rows, pairs, strict=True):
+        for g, true in of_block:
+            row += inner_products(g.float(), true.float()).to(row.device)
+    return torch.stack(rows)
 
 
 def size_ratio(products: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def block_jacobian_terms(
         terms.sums[index - 1] = rank_one_sum(at_top, a, replace(pair, read=None)).to(terms.sums[index - 1])
         terms.counts[index - 1] = a.any(-1).count_nonzero()
         same = q.shape[1] == a.shape[1] and not pair.pooled
-        terms.tangents[index - 1] = terms.counts[index - 1] if same else torch.tensor(len(q), device=a.device)
+        terms.tangents[index - 1] = terms.counts[index - 1] if same else a.new_full((), len(q), dtype=torch.int64)
 
     def inject(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict, rounded: bool = False) -> Tensor:
         v, a = activation_tangent(h, noise, index, layout)

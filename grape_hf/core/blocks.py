@@ -61,7 +61,10 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> Chain:
     _refuse_shared(found)
     for name, block in found.items():
         if not _has_parameters(block):
-            raise ValueError(f"blocks={blocks!r}: {name} ({type(block).__name__}) has no parameters to train.")
+            raise ValueError(
+                f"blocks={blocks!r}: {name} ({type(block).__name__}) has no parameters to train. Expected blocks with "
+                "weights: leave it out, or name the module that holds it."
+            )
     return found
 
 

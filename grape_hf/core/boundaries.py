@@ -1,4 +1,4 @@
-"""Hooks on a model's blocks: with ``calls.py`` the only file that touches the model.
+"""Hooks on a model's blocks, where its graph is cut.
 
 Between block l and the next lies the boundary activation h_l; the error e = dLoss/dy is measured at the output y of
 the last block (`hidden`) or of the head (`logits`). Hooks are attached once, for the length of a training run, and a

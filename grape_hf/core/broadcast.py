@@ -64,6 +64,7 @@ class BroadcastMode(FollowingMode):
         self.B, self.mask, self.keep, self.refinement = B, mask, keep, refinement
         self.star = Star()  # of the forward under way
         self._begun: list[Star] = []
+        self._looked = False  # whether heads were checked; of all forwards of a micro-batch, or of none
         self._anchor = torch.zeros((), requires_grad=True)
         # The stand-in of the node made last. Not the star's: its node holds the star, and would not be let go.
         self.token: Tensor | None = None
@@ -78,6 +79,7 @@ class BroadcastMode(FollowingMode):
     def close(self) -> None:
         """End: let go of what waits for a backward that does not come."""
         self._end()
+        self.boundaries.last_checked |= self._looked
         for star in self._begun:
             star.forget()
 
@@ -144,7 +146,7 @@ class BroadcastMode(FollowingMode):
         boundaries = self.boundaries
         # In few steps (``FeedbackPoints.check``): that takes a backward of the head.
         look = mode is self and self.keep != "h and e" and not boundaries.last_checked
-        boundaries.last_checked |= look
+        self._looked |= look
         mode.star.head = HeadCheck(h if look and not boundaries.whole and not torch.compiler.is_compiling() else None)
         return Last.apply(h, mode.star)
 

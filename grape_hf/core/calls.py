@@ -17,9 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from grape_hf.core import nested
 from grape_hf.core.arguments import copied
 from grape_hf.core.blocks import ends
+from grape_hf.core.graph import in_backward
 from grape_hf.core.hooks import Hook
 from grape_hf.core.isolation import random_states
-from grape_hf.core.modes import in_backward
 from grape_hf.core.padding import Masks
 
 
@@ -76,7 +76,7 @@ class ModelCall:
         """Return the same call with these samples alone."""
 
         def rows(tensor: Tensor) -> Tensor:
-            return tensor if tensor.ndim == 0 else tensor[torch.tensor(list(chosen), device=tensor.device)]
+            return tensor if tensor.ndim == 0 else nested.rows_of(tensor, chosen)
 
         args, kwargs = nested.map_tensors((self.args, self.kwargs), rows)
         return replace(self, args=args, kwargs=kwargs)

@@ -50,7 +50,7 @@ def initial_feedback(
 
 def is_identity(B: Tensor) -> bool:
     """Whether a matrix is the identity."""
-    return B.shape[0] == B.shape[1] and torch.equal(B, torch.eye(len(B)).to(B))
+    return B.shape[0] == B.shape[1] and torch.equal(B, torch.eye(len(B), dtype=B.dtype, device=B.device))
 
 
 def normalize_columns(B: Tensor, eps: float = 1e-8) -> Tensor:
@@ -231,8 +231,9 @@ class Feedback:
                 'feedback_rule="local": expected G_1 to '
                 f"G_{len(self.B)}. Resume with the feedback_rule of the run that wrote it."
             )
-        shapes = [tuple(t.shape) for name, t in tensors.items() if name in mine or name.startswith("B_")]
-        expected = [tuple(t.shape) for t in mine.values()]
+        # By name: a file lists its tensors in alphabetical order, B_10 before B_2.
+        shapes = {name: tuple(t.shape) for name, t in tensors.items() if name in mine or name.startswith("B_")}
+        expected = {name: tuple(t.shape) for name, t in mine.items()}
         if saved != list(blocks) or shapes != expected:
             raise ValueError(
                 f"{path} is of another model or grouping: expected matrices {expected} at {list(blocks)}, found "

@@ -227,7 +227,7 @@ def jacobian_terms(
             terms.sums.append(rank_one_sum(at_top, a, replace(pairing, read=None)))
             terms.counts.append(a.any(-1).count_nonzero())  # neither padding nor h_l = 0
             same = q.shape[1] == a.shape[1] and not pairing.pooled
-            terms.tangents.append(terms.counts[-1] if same else torch.tensor(len(q), device=a.device))
+            terms.tangents.append(terms.counts[-1] if same else a.new_full((), len(q), dtype=torch.int64))
     return terms
 
 

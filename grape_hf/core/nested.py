@@ -6,9 +6,10 @@ configurations) are not looked into, as a copy of them would be another object.
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Path = tuple[Any, ...]
@@ -21,6 +22,11 @@ def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     else:
         for key, item in _items(value):
             yield from tensors(item, (*path, key))
+
+
+def rows_of(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return these rows of a tensor, without waiting for its device."""
+    return tensor[torch.tensor(list(rows)).to(tensor.device, non_blocking=True)]
 
 
 def first_floating(value: Any) -> Path | None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from grape_hf.core import nested
 from grape_hf.core.blocks import ends
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class Masks:
         named = dict(batch) if isinstance(batch, Mapping) else {}
         found = {n: m for n, m in named.items() if _is_mask(n) and isinstance(m, Tensor) and m.ndim > 1}
         if rows is not None:  # a mask of something else (of positions by positions) has no rows to take
-            found = {n: m[torch.tensor(rows, device=m.device)] for n, m in found.items() if len(m) == number}
+            found = {n: nested.rows_of(m, rows) for n, m in found.items() if len(m) == number}
         self.batch = found
         self._found.clear()
 

@@ -78,7 +78,10 @@ def exact_pair(forward: Forward, index: int) -> tuple[Tensor, Tensor]:
         RuntimeError: if the backward left one of the two without a gradient.
     """
     if not forward.exact(index):
-        raise RuntimeError(f"no exact gradient reached boundary h_{index + 1} or the output y in this backward.")
+        raise RuntimeError(
+            f"no exact gradient reached boundary h_{index + 1} or the output y in this backward: expected a loss that "
+            "uses the output of the last block. Set calibration_refit=False."
+        )
     assert forward.e is not None
     exact, pairing = forward.delta[index], forward.pairings.get(index, SAME)
     delta = pairing.layout.vectors(exact).to(torch.promote_types(exact.dtype, torch.float32))

@@ -32,6 +32,9 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, also: Iterable[Any] = ()) -> None:
+        # Of a large model there are thousands of these two, so they are no closures.
+        self._mappings: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # as they are, and as they were
+        self._hooks: list[tuple[dict[Any, Any], tuple[Any, ...]]] = []
         self._undo: list[Callable[[], object]] = []
         self._seen: set[int] = set()
         self._held: list[Any] = []  # so that no other object comes to have the same id
@@ -41,22 +44,28 @@ class Snapshot:
             attributes = vars(module)
             self._note_mapping(attributes, depth=0)
             for name in ("_buffers", "_modules", "_parameters"):
-                self._undo.append(_restorer(attributes[name], dict(attributes[name])))
+                self._mappings.append((attributes[name], dict(attributes[name])))
         for value in also:
             self._note(value, depth=0)
 
     def restore(self) -> None:
         """Put everything back."""
+        for attributes, before in self._mappings:
+            if attributes.keys() != before.keys() or any(attributes[name] is not was for name, was in before.items()):
+                _put_back(attributes, before)
+        for hooks, attached in self._hooks:
+            for name in [name for name in hooks if name not in attached]:
+                del hooks[name]  # and one that took itself off stays off
         for undo in self._undo:
             undo()
 
     def _note_mapping(self, attributes: dict[Any, Any], depth: int) -> None:
-        self._undo.append(_restorer(attributes, dict(attributes)))
+        self._mappings.append((attributes, dict(attributes)))
         for name, value in attributes.items():
             if isinstance(value, PLAIN) or name in ("_buffers", "_modules", "_parameters"):
                 continue
             if str(name).startswith("_") and "_hooks" in str(name) and isinstance(value, dict):
-                self._undo.append(_forgetter(value, set(value)))  # one that took itself off stays off
+                self._hooks.append((value, tuple(value)))
             else:
                 self._note(value, depth)
 
@@ -101,31 +110,16 @@ class Snapshot:
             self._note_mapping(vars(value), depth + 1)
 
 
-def _restorer(attributes: Any, before: dict[Any, Any]) -> Callable[[], None]:
-    def restore() -> None:
-        if len(attributes) == len(before) and all(
-            name in attributes and attributes[name] is value for name, value in before.items()
-        ):
-            return
-        for name in [name for name in attributes if name not in before]:
-            del attributes[name]
-        for name, value in before.items():
-            if name not in attributes or attributes[name] is not value:
-                attributes[name] = value
-
-    return restore
+def _put_back(attributes: dict[Any, Any], before: dict[Any, Any]) -> None:
+    for name in [name for name in attributes if name not in before]:
+        del attributes[name]
+    for name, value in before.items():
+        if name not in attributes or attributes[name] is not value:
+            attributes[name] = value
 
 
 def _of_library(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] in LIBRARIES
-
-
-def _forgetter(hooks: dict[Any, Any], before: set[Any]) -> Callable[[], None]:
-    def forget() -> None:
-        for name in [name for name in hooks if name not in before]:
-            del hooks[name]
-
-    return forget
 
 
 def _remember(value: set[Any], members: set[Any]) -> None:

@@ -7,7 +7,7 @@ its last complete checkpoint. No file is added that a stock Trainer does not kno
 a stock Trainer is told apart by the same mark. While a save is under way its folder has the file by which transformers
 marks those made on SIGTERM: a folder that still has it may be deleted, and one without, such as weights alone, not.
 
-What GrAPE itself keeps in a checkpoint (``run.py``) has a list of the files with tensors and their sizes besides, by
+What GrAPE itself keeps in a checkpoint (``state.py``) has a list of the files with tensors and their sizes besides, by
 which a copy that lost a file is found out.
 """
 

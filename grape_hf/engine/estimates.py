@@ -28,7 +28,6 @@ class Estimates:
     Args:
         aside: calls the model on the side.
         options: GrAPE's options.
-        seed: of the draws.
         blocks: all blocks of the model.
 
     Attributes:
@@ -37,8 +36,8 @@ class Estimates:
         sums: of the step under way.
     """
 
-    def __init__(self, aside: Aside, options: GrapeArgumentsMixin, seed: int, blocks: Sequence[nn.Module]) -> None:
-        self.aside, self.options, self.seed = aside, options, seed
+    def __init__(self, aside: Aside, options: GrapeArgumentsMixin, blocks: Sequence[nn.Module]) -> None:
+        self.aside, self.options = aside, options
         # On convolutions a dual forward costs 3.4 to 5.9 forwards, two for a finite difference.
         cheaper: JvpMode = "finite_difference" if are_convolutional(blocks) else "dual"
         asked = options.jvp_mode

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grape_hf.core import nested
 from grape_hf.core.boundaries import Boundaries, ReadAt
 from grape_hf.core.calls import ModelCall
 from grape_hf.core.feedback import Feedback, is_identity
@@ -21,6 +22,11 @@ from grape_hf.engine.probe import read_position
 from grape_hf.engine.ranks import Ranks
 
 logger = logging.getLogger(__name__)
+
+READS_SEVERAL = (
+    "GrAPE: the loss reads several positions of a sample, where in earlier batches it read one. Errors are paired "
+    "position by position from now on, and what B_l has learned until now is of little use."
+)
 
 
 class FirstError:
@@ -41,19 +47,21 @@ class FirstError:
         self._found: ReadAt | None = None
         self._several = False
 
-    def see(self, boundaries: Boundaries, e: Tensor | None, labels: Any) -> None:
-        """Look at e, in the shape of y; one that is zero everywhere (labels that are ignored) says nothing yet."""
-        if boundaries.read_at is not None or e is None or self.sharded:
+    def see(self, boundaries: Boundaries, errors: Sequence[Tensor], labels: Any) -> None:
+        """Look at e of every forward; one that is zero everywhere (labels that are ignored) says nothing yet."""
+        if boundaries.read_at is not None or not errors or self.sharded:
             self.seen = True
             return
-        self.seen = bool(e.any())
+        errors = [e for e in errors if e.any()]
+        self.seen = bool(errors)
         if not self.seen:
             return
-        vectors = boundaries.layout.vectors(e)
-        positions = vectors.shape[1]
-        self._positions = self._count(boundaries, e)
+        vectors = [boundaries.layout.vectors(e) for e in errors]
+        self._positions = self._count(boundaries, errors[0])
+        positions = vectors[0].shape[1]
         of_tokens = isinstance(labels, Tensor) and labels.ndim > 1 and positions in labels.shape[1:]
-        self._found = None if of_tokens else read_position(vectors)
+        found = {read_position(v) for v in vectors}
+        self._found = found.pop() if len(found) == 1 and not of_tokens else None
 
     def _count(self, boundaries: Boundaries, e: Tensor) -> float:
         """How many positions are no padding, in the mean over samples."""
@@ -64,10 +72,11 @@ class FirstError:
         """Whether the error of a step is to be looked at again."""
         return self.taken and boundaries.read_at is not None and not self.sharded and step & (step - 1) == 0
 
-    def see_again(self, boundaries: Boundaries, e: Tensor | None) -> None:
+    def see_again(self, boundaries: Boundaries, errors: Sequence[Tensor]) -> None:
         """Look whether the loss reads several positions of a sample, where errors are paired by one."""
-        if e is not None and bool((boundaries.layout.vectors(e).ne(0).any(-1).count_nonzero(1) > 1).any()):
-            self._several, self._positions = True, self._count(boundaries, e)
+        for e in errors:
+            if reads_several(boundaries.layout.vectors(e)):
+                self._several, self._positions = True, self._count(boundaries, e)
 
     def changes(self, boundaries: Boundaries, feedback: Feedback, step: int) -> bool:
         """Pair errors by what was seen, from the next step on, and return whether that is new; all ranks call it."""
@@ -80,14 +89,11 @@ class FirstError:
             several = bool(self.ranks.total([number_for_ranks(int(several), feedback.B[0].device)])[0])
         if not several:
             return False
-        logger.warning(
-            "GrAPE: the loss reads several positions of a sample, where in earlier batches it read one. Errors are "
-            "paired position by position from now on, and what B_l has learned until now is of little use."
-        )
+        logger.warning(READS_SEVERAL)
         boundaries.read_at = None
         matrices = feedback.learned
         sources = [None] * len(matrices) if feedback.maps is None else feedback.maps.sources
-        eye = [torch.eye(*b.shape).to(b) for b in matrices]
+        eye = [torch.eye(*b.shape, dtype=b.dtype, device=b.device) for b in matrices]
         shared = [torch.allclose(b * self._positions, i) for b, i in zip(matrices, eye, strict=True)]
         whole = [
             i if is_shared and source is None else b
@@ -132,7 +138,7 @@ class FirstError:
         if boundaries.read_at is None or e is None or (rows is not None and len(e) != call.samples):
             return None
         read = boundaries.layout.vectors(e).ne(0).any(-1)
-        return read if rows is None else read[torch.tensor(rows, device=read.device)]
+        return read if rows is None else nested.rows_of(read, rows)
 
     def as_first_rank(self, read_at: ReadAt | None, device: torch.device) -> ReadAt | None:
         """Return what rank 0 has seen; each rank has looked at samples of its own."""
@@ -140,6 +146,11 @@ class FirstError:
             return read_at
         seen: list[ReadAt | None] = [None, "first", "last"]
         return seen[int(self.ranks.first([number_for_ranks(seen.index(read_at), device)])[0])]
+
+
+def reads_several(e: Tensor) -> bool:
+    """Whether a sample has an error at more than one position of ``(batch, positions, n)``; waits for the device."""
+    return bool((e.ne(0).any(-1).count_nonzero(1) > 1).any())
 
 
 def number_for_ranks(value: int, device: torch.device) -> Tensor:

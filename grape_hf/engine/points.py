@@ -1,4 +1,4 @@
-"""Where a model is cut: its feedback points, the output that the error is measured at, and the first B_l.
+"""Where a model is cut: its feedback points, and the output that the error is measured at.
 
 What the options leave open is decided here, by the model's modules at first and then by one look at a forward; what
 does not suit the model is refused. Nothing here is remembered from step to step (``run.py``).

@@ -43,7 +43,6 @@ class Probe:
         h: a vector of each h_l, ``(1, 1, n_l)``.
         n_y: how long a vector of y is.
         positions: how many positions h_1 has that are no padding, in the mean over samples.
-        read_at: where the loss reads y, if that is one position alone.
         beside: what but the head may read the output of the last block: empty if nothing does.
         changed: names of the parameters that a forward changes.
         apart: boundaries at which something lies between a block and the next, so that h_l is not the block's output.
@@ -55,7 +54,6 @@ class Probe:
     h: list[Tensor]
     n_y: int
     positions: float = 1
-    read_at: ReadAt | None = None
     beside: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     apart: list[int] = field(default_factory=list)
@@ -133,19 +131,20 @@ class Look(Watcher):
                 self._say_several(index, readers[0])
                 boundaries.readers[index] = []
         vectors = boundaries.layout.vectors
+        if numbers and h and not y.is_meta:
+            self._by_gradients(boundaries, h)
         if boundaries.calls is not None and h:
             boundaries.calls.masks.say_unmatched(boundaries.blocks[0], boundaries.layout.tokens(h[0]))
         return Probe(
-            [vectors(t.detach())[:1, :1] for t in h],
-            vectors(y.detach()).shape[-1],
-            self._positions(boundaries, h[0]) if h else 1,
-            self._by_gradients(boundaries, h) if numbers and h and not y.is_meta else None,
-            [] if boundaries.hidden else self.beside(),
-            self.changed,
-            [index for index, read in self.read.items() if read is not self.made[index]],
-            [vectors(t.detach()).shape[1] for t in h],
-            [index for index, below in enumerate(h) if not has_path([*h[1:], y][index], below)],
-            boundaries.hidden and self.split,
+            h=[vectors(t.detach())[:1, :1] for t in h],
+            n_y=vectors(y.detach()).shape[-1],
+            positions=self._positions(boundaries, h[0]) if h else 1,
+            beside=[] if boundaries.hidden else self.beside(),
+            changed=self.changed,
+            apart=[index for index, read in self.read.items() if read is not self.made[index]],
+            lengths=[vectors(t.detach()).shape[1] for t in h],
+            pathless=[index for index, below in enumerate(h) if not has_path([*h[1:], y][index], below)],
+            split=boundaries.hidden and self.split,
         )
 
     def _positions(self, boundaries: Boundaries, h: Tensor) -> float:
@@ -184,8 +183,8 @@ class Look(Watcher):
             f"{index + 1} gets nothing from that."
         )
 
-    def _by_gradients(self, boundaries: Boundaries, h: list[Tensor]) -> ReadAt | None:
-        """Learn what the masks say, and return where the loss reads y if that is one position alone."""
+    def _by_gradients(self, boundaries: Boundaries, h: list[Tensor]) -> None:
+        """Learn what the masks say, and where the loss reads y if that is one position alone."""
         positions = boundaries.layout.vectors(h[0].detach()).shape[1]
         if self._gradients is None:  # taken once, as the graph is let go
             self._gradients = self._take_gradients([h[0], self.made[len(boundaries)], self.logits], positions)
@@ -196,7 +195,6 @@ class Look(Watcher):
         pooled = self.logits is not None and self.logits.ndim == 2
         of_tokens = not pooled and any(t.ndim > 1 and positions in t.shape[1:] for t in self.labels)
         boundaries.read_at = None if at_y is None or of_tokens else read_position(boundaries.layout.vectors(at_y))
-        return boundaries.read_at
 
     def _take_gradients(self, at: list[Tensor | None], positions: int) -> list[Tensor | None]:
         found: list[Tensor | None] = [None] * len(at)

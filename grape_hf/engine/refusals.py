@@ -30,8 +30,8 @@ def refuse_settings(trainer: "Trainer", options: GrapeArgumentsMixin) -> None:
         raise ValueError(f"fp16 scales the loss, and method={method!r} needs the error as it is. Use bf16 or fp32.")
     if getattr(trainer.model, "is_quantized", False):
         raise ValueError(
-            f"{type(trainer.model).__name__} is quantised: its products have no forward-mode derivative, and finite "
-            "differences are below their resolution. Load the base unquantised (adapters go with bf16=True), or "
+            f"{type(trainer.model).__name__} is quantised: estimates cannot differentiate its products, and without "
+            "estimates it was never tried. Load the base unquantised (adapters go with bf16=True), or "
             'use method="bp".'
         )
     refuse_parallelism(trainer, options)
@@ -56,4 +56,7 @@ def _refuse_with_baseline(trainer: "Trainer", method: str) -> None:
     }
     if any(refused.values()):
         found = ", ".join(name for name, is_set in refused.items() if is_set)
-        raise ValueError(f"method={method!r} is a baseline for small studies and does not go with {found}.")
+        raise ValueError(
+            f"method={method!r} is a baseline for small studies and does not go with {found}. Leave that out, "
+            'or use method="grape", "dfa" or "bp".'
+        )

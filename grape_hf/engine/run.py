@@ -1,8 +1,8 @@
 """What GrAPE remembers during one training run, and what it does in one optimiser step.
 
-It ties the numerical modules together and knows neither Trainer nor accelerate, so a plain PyTorch loop can use it as
-well (docs/without_the_trainer.md). An optimiser step is: ``begin_step``; for each micro-batch forward and backward
-inside ``step()``, and ``estimate`` where one is due; ``finish_step``, which refines the feedback for the next step.
+It ties the numerical modules together, and knows no Trainer. An optimiser step is: ``begin_step``; for each micro-batch
+forward and backward inside ``step()``, and ``estimate`` where one is due; ``finish_step``, which refines the feedback
+for the next step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +79,7 @@ class GrapeRun:
         self.block_names, self.blocks = self._points.names, self._points.blocks
         self.calls = Calls(model, self._points.chain, self._points.encoder_blocks)
         self.aside = Aside(model, self.calls, self.sharded)
-        self.estimates = Estimates(self.aside, options, seed, self._points.chain)
+        self.estimates = Estimates(self.aside, options, self._points.chain)
         self.first_error = FirstError(self.sharded, ranks)
         self.current_step: int | None = None
         self.calibrating = False

@@ -38,7 +38,7 @@ class Share:
         if found is not None or labels is None:
             return found
         rows = self.rows
-        return target_mask({"labels": labels if rows is None else labels[torch.tensor(rows, device=labels.device)]})
+        return target_mask({"labels": labels if rows is None else nested.rows_of(labels, rows)})
 
 
 class Sampler:
@@ -75,7 +75,8 @@ class Sampler:
             return Share(call, list(places), counts=bool(chosen)) if chosen or self.sharded else None
         # A call may see every sample several times, the second time behind all others (chosen, rejected).
         own = [places[row % len(places)] + _AGAIN * (row // len(places)) for row in range(number)]
-        rows = [row for row in range(number) if row % len(places) in set(chosen)]
+        wanted = set(chosen)
+        rows = [row for row in range(number) if row % len(places) in wanted]
         if not rows:
             return Share(call.take([0]), own[:1], [0], counts=False) if self.sharded else None
         if len(rows) == number or not self._can_slice(call, rows, activation):

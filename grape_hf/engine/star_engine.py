@@ -134,10 +134,11 @@ class StarEngine:
             batch: the micro-batch.
         """
         run, calls, first = self.run, self.run.calls, self.run.first_error
+        errors = [forward.e for forward in self._forwards if forward.e is not None]
         if not first.seen and self._forwards:
-            first.see(run.boundaries, self._forwards[0].e, labels)
-        elif self._forwards and first.due(run.boundaries, run.current_step or 0):
-            first.see_again(run.boundaries, self._forwards[0].e)
+            first.see(run.boundaries, errors, labels)
+        elif first.due(run.boundaries, run.current_step or 0):
+            first.see_again(run.boundaries, errors)
         if (run.estimating or run.measuring) and any(forward.apart for forward in self._forwards):
             raise RuntimeError(
                 "the loss calls the encoder by itself and hands its output to the model. Estimates, and measurements "

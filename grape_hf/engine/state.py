@@ -21,6 +21,7 @@ def state_of(run: "GrapeRun") -> State:
         "schedule": run.schedule.state_dict(),
         "jvp_mode": run.jvp_mode,
         "read_at": run.boundaries.read_at,
+        "read_at_settled": run.first_error.taken,
         "skipped": run.feedback.guard.state_dict(),
         "drift": run.drift.state_dict(),
     }
@@ -52,10 +53,13 @@ def load(run: "GrapeRun", folder: Path) -> None:
         state = json.loads(path.read_text())
         run.schedule.load_state_dict(state["schedule"])
         if run.options.jvp_mode == "auto":  # it may have found out that dual numbers do not work
-            run.estimates.mode = state["jvp_mode"]
+            run.estimates.mode = state["jvp_mode"] or run.estimates.mode  # stages make no estimates
         run.feedback.guard.load_state_dict(state["skipped"], run.feedback.B[0].device)
         run.drift.load_state_dict(state["drift"])
-        run.boundaries.read_at = run.boundaries.read_at or state["read_at"]
+        # Not by the first batch of this process; an older checkpoint does not tell of "everywhere".
+        if state.get("read_at_settled", state["read_at"] is not None):
+            run.boundaries.read_at = state["read_at"]
+            run.first_error.seen = run.first_error.taken = True
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"cannot read the state of the calibration schedule in {path}: {error!r}. The checkpoint is "

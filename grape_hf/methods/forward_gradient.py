@@ -188,7 +188,11 @@ class _SlopeStar(Mode):
             return y
         assert self.q is not None
         if any(len(u) != len(y) for u in self.u.values()):
-            raise RuntimeError("blocks and output hold different numbers of samples; choose blocks that do not fold.")
+            raise RuntimeError(
+                "expected as many samples in the output of every block as in y, found "
+                f"{[len(u) for u in self.u.values()]} and {len(y)}. Name blocks that do not fold positions into the "
+                "batch, with the option `blocks`."
+            )
         reached = [index for index, h in self.h.items() if h.requires_grad]
         y = _Slopes.apply(self.q, [self.u[i] for i in reached], y, *(self.h[i] for i in reached))
         self.h = {}

@@ -117,7 +117,7 @@ class OptimizerStates:
 
 
 def save_feedback(
-    folder: Path, feedback: StageFeedback | None, calibration: CalibrationSchedule, seed: int, places: Places
+    folder: Path, feedback: StageFeedback | None, calibration: CalibrationSchedule, places: Places
 ) -> None:
     """Write B_l and the calibration schedule into a checkpoint, as one process would; to be called by all.
 
@@ -125,19 +125,18 @@ def save_feedback(
         folder: the checkpoint.
         feedback: of this stage; None for backpropagation, which has none.
         calibration: the schedule.
-        seed: of the run.
         places: of this process.
     """
     if feedback is None:
         return
-    read_at = places.from_last(feedback.read_at)
+    read_at, settled = places.from_last((feedback.read_at, feedback.settled))
     feedback.save(folder / FEEDBACK_NAME, places)
     if places.is_first and places.replica == 0:
         state = {
             "schedule": calibration.state_dict(),
             "jvp_mode": None,
-            "seed": seed,
             "read_at": read_at,
+            "read_at_settled": settled,
             "skipped": FiniteGuard().state_dict(),
             "drift": DriftGuard("no", 0.0, 1, []).state_dict(),
         }
@@ -161,7 +160,7 @@ def load_feedback(folder: Path, feedback: StageFeedback | None, calibration: Cal
         )
         return
     state = json.loads((folder / STATE_NAME).read_text())
-    feedback.load(folder / FEEDBACK_NAME, state["read_at"])
+    feedback.load(folder / FEEDBACK_NAME, state["read_at"], state.get("read_at_settled", False))
     calibration.load_state_dict(state["schedule"])
 
 

@@ -4,6 +4,7 @@ They are those of one process with the same feedback points: the same starts, dr
 in a checkpoint. A stage keeps its own alone. For ``feedback_rule="local"`` they are products of maps (``maps.py``).
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from grape_hf.core.block_maps import chained
 from grape_hf.core.feedback import Feedback, FeedbackInit, initial_feedback, is_identity, normalize_columns
 from grape_hf.core.padding import mean_length
 from grape_hf.core.star import Matrix
+from grape_hf.engine.first_error import READS_SEVERAL, reads_several
 from grape_hf.engine.probe import read_position
 from grape_hf.pipeline.maps import StageMaps
 from grape_hf.pipeline.places import Places
 from grape_hf.pipeline.split import StageModel
 from grape_hf.training_args import GrapeArgumentsMixin
+
+logger = logging.getLogger(__name__)
 
 
 class StageFeedback:
@@ -38,6 +42,7 @@ class StageFeedback:
         B: by point, a matrix ``(n, n)``, or "identity", which saves the product.
         maps: what B_l is the product of; None if B_l stays as it is.
         read_at: where the loss reads y, if that is one position alone; known on the last stage after the first error.
+        settled: whether an error has shown that, on the last stage.
     """
 
     def __init__(
@@ -53,7 +58,8 @@ class StageFeedback:
         self.blocks, self.own = list(blocks), [point for point in names if point in blocks]
         self.read_at: str | None = None
         self.maps: StageMaps | None = None
-        self._asked = False
+        self.settled = False
+        self._batches, self._several = 0, False
         self._share = 1.0  # of the error that each position gets, where there is one error for all
         self._identity = starts is None
         self._padding: list[Tensor | None] = []
@@ -92,6 +98,10 @@ class StageFeedback:
             padding: of each micro-batch, ``(batch, positions)``, nonzero where a position is no padding.
         """
         self._padding = padding
+        self._batches += 1
+        if self._several:  # seen in the batch before; as in one process, from the next step on
+            logger.warning(READS_SEVERAL)
+            self.read_at, self._share, self._several = None, 1.0, False
 
     def spread(self, e: Tensor, number: int) -> Tensor:
         """Return the error that goes up, for the error at y, ``(batch, positions, n)``; on the last stage.
@@ -104,10 +114,12 @@ class StageFeedback:
             e: dLoss/dy of one micro-batch.
             number: of the micro-batch.
         """
-        if not self._asked and bool(e.any()):  # once, by the first error that is one; a host-device sync
-            self.read_at, self._asked = read_position(e), True
+        if not self.settled and bool(e.any()):  # by the first error that is one; a host-device sync
+            self.read_at, self.settled = read_position(e), True
             if self.read_at is not None and self._identity:
                 self._share = 1 / self._positions(e.shape[1])
+        elif self.read_at is not None and self._batches & (self._batches - 1) == 0:  # tasks may come by turns
+            self._several = self._several or reads_several(e)
         if self.read_at is None:
             return e
         whole = (self._share * e.sum(1, keepdim=True)).expand_as(e)
@@ -175,7 +187,7 @@ class StageFeedback:
                 whole.maps.G[-1] = whole.maps.G[-1] * share
             whole.save(path, list(self.names.values()))
 
-    def load(self, path: Path, read_at: str | None) -> None:
+    def load(self, path: Path, read_at: str | None, settled: bool) -> None:
         """Read the matrices of this stage back; see ``Feedback.load`` for what is refused."""
         self.settle()  # what is on its way from an earlier training would arrive later
         empty = [torch.empty(self.width, self.width, dtype=self.dtype) for _ in self.names]
@@ -190,7 +202,7 @@ class StageFeedback:
             self.maps.maps.G = [G[point].to(self.device) for point in self.maps.points]
             self.B = {point: B[point] for point in self.B}
             self.maps.above = None if self.maps.above is None else B[self.maps.end]
-        self.read_at, self._asked, self._share = read_at, read_at is not None, 1.0
+        self.read_at, self.settled, self._share = read_at, settled, 1.0
         self._identity = False  # what positions share is in the matrices by now
 
     @staticmethod

@@ -203,7 +203,10 @@ class FeedbackStage(PipelineStage):
         self.fwd_cache.pop(bwd_chunk_id)
         waiting = self._waiting[bwd_chunk_id]
         if self.is_last and waiting.y is None:
-            raise RuntimeError(f"the last block left no output that a gradient could get to. {REENTRANT}")
+            raise RuntimeError(
+                "expected the output of the last block to carry a gradient, as some of its weights, or of the "
+                f"head's, are to be trained. {REENTRANT}"
+            )
         if waiting.y is not None:
             loss.backward()
             assert waiting.y.grad is not None

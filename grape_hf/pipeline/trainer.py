@@ -136,7 +136,6 @@ class PipelineMixin(_Base):
         """Run a batch through all stages; in training the backwards as well."""
         pipeline, train = self._pipeline, torch.is_grad_enabled() and self.model.training
         assert pipeline is not None
-        labels = inputs.get("labels")
 
         def compute_loss(part: dict[str, Any], items: Any) -> tuple[Tensor, Any]:
             return type(self).compute_loss(self, self.model, part, return_outputs=True, num_items_in_batch=items)
@@ -151,14 +150,14 @@ class PipelineMixin(_Base):
             compute_loss,
             num_items_in_batch,
             train=train,
-            shifted=self._labels_are_shifted(labels),
+            shifted=self._labels_are_shifted(),
             divisor=1 if scaled or not train else self.current_gradient_accumulation_steps,
             wanted=self._predicted if return_outputs and not train else None,
         )
         loss = loss.requires_grad_() if train else loss
         return (loss, {"loss": loss} if outputs is None else outputs) if return_outputs else loss
 
-    def _labels_are_shifted(self, labels: Any) -> bool:
+    def _labels_are_shifted(self) -> bool:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         return type(self.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -252,9 +251,7 @@ class PipelineMixin(_Base):
         with nullcontext() if whole is None else checkpoints.replaced(self.optimizer, "state_dict", lambda: whole):
             super()._save_optimizer_and_scheduler(output_dir)
         pipeline = self._pipeline
-        checkpoints.save_feedback(
-            Path(output_dir), pipeline.feedback, pipeline.calibration, self.args.seed, pipeline.places
-        )
+        checkpoints.save_feedback(Path(output_dir), pipeline.feedback, pipeline.calibration, pipeline.places)
         self._pipeline.places.wait()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

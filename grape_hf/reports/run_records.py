@@ -177,7 +177,8 @@ def read_record(folder: str | Path) -> RunRecord:
             "without its entries. Nothing says that it was trained by other than the stock Trainer."
         )
     # That of an adapter's base is known where the base is a folder.
-    config = read_json((Path(adapter["base_model_name_or_path"] or "") if adapter else folder) / "config.json")
+    base = Path(adapter["base_model_name_or_path"] or folder) if adapter else folder
+    config = read_json(base / "config.json")
     saved = read_json(folder / "all_results.json")
     readme = folder / "README.md"
     known = Card.load(readme) if readme.is_file() else None

@@ -93,7 +93,7 @@ def load_text(
         config = dataset_config or (None if dataset_name else WIKITEXT[1])
         name, hub_id = hub.name_of(source, config)
         splits = _load_named(source, config, streaming)
-    train, validation = _with_validation(splits, name, streaming, validation_rows)
+    train, validation = _with_validation(splits, name, validation_rows)
     for split, rows in (("training", train), ("validation", validation)):
         _check_text(rows, text_column, f"the {split} split of {name}")
     return TextData(name, train, validation, text_column, hub_id)
@@ -152,7 +152,7 @@ def _load_named(name: str, config: str | None, streaming: bool) -> dict[str, Dat
 
 
 def _with_validation(
-    splits: dict[str, Dataset | IterableDataset], name: str, streaming: bool, rows: int | None
+    splits: dict[str, Dataset | IterableDataset], name: str, rows: int | None
 ) -> tuple[Dataset | IterableDataset, Dataset]:
     """Make sure of a validation split that is a whole ``Dataset``."""
     if "train" not in splits:

@@ -161,6 +161,16 @@ def test_matrices_survive_a_round_trip(tmp_path):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def test_ten_matrices_and_more_of_different_shapes_load_what_was_saved(tmp_path):
+    """A file lists B_10 before B_2."""
+    saved, names = Feedback([torch.randn(i, 3) for i in range(1, 13)]), [f"h.{i}" for i in range(12)]
+    saved.save(tmp_path / "B.safetensors", names)
+    loaded = Feedback([torch.zeros_like(b) for b in saved.B])
+    loaded.load(tmp_path / "B.safetensors", names)
+    for a, b in zip(saved.B, loaded.B, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_what_cannot_be_loaded_is_said(tmp_path):
     path = tmp_path / "B.safetensors"
     feedback = Feedback([torch.randn(6, 4)])

@@ -1,0 +1,40 @@
+"""What the feedback of a stage finds out about the loss, and forgets or keeps."""
+
+import torch
+from torch import Tensor
+
+from grape_hf.pipeline.feedback import StageFeedback
+
+ONE, ALL = torch.zeros(2, 6, 4), torch.ones(2, 6, 4)
+ONE[:, 0] = 1
+
+
+def feedback() -> StageFeedback:
+    return StageFeedback({0: "a", 1: "b"}, [0, 1, 2], None, 4, torch.float32, torch.device("cpu"))
+
+
+def sent(found: StageFeedback, e: Tensor) -> Tensor:
+    """What goes up in a batch of its own."""
+    found.begin([None])
+    return found.spread(e, 0)
+
+
+def test_a_task_that_reads_all_positions_is_noticed_behind_one_that_reads_one(caplog):
+    """In batches 1, 2, 4 and so on; its errors go up as they are from the next batch on."""
+    found = feedback()
+    torch.testing.assert_close(sent(found, ONE), ALL / 6)  # an identity shares it out
+    assert found.read_at == "first"
+    torch.testing.assert_close(sent(found, ALL), ALL)  # the second batch: six errors, summed and shared out
+    assert "several positions of a sample" not in caplog.text
+    assert sent(found, ONE) is ONE
+    assert found.read_at is None
+    assert caplog.text.count("several positions of a sample") == 1
+
+
+def test_an_error_at_all_positions_settles_it():
+    found = feedback()
+    assert sent(found, 0 * ALL).equal(0 * ALL)
+    assert not found.settled
+    assert sent(found, ALL) is ALL
+    assert found.settled
+    assert sent(found, ONE) is ONE
