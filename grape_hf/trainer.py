@@ -188,6 +188,8 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Entered once per train(), and again by auto_find_batch_size: each time a fresh run, with the options that the
         # arguments hold now (a hyperparameter search changes them).
+        if self._engine is not None:  # of steps that were taken by hand
+            self._engine.close()
         self._engine, self._resumed_from, self.grape_options = None, None, self._options_for_model()
         refuse_settings(self, self.grape_options)
         self._micro_batch = (-1, 0)

@@ -66,8 +66,8 @@ class GrapeArgumentsMixin:
     )
     feedback_space: Literal["auto", "hidden", "logits"] | None = _option(
         "feedback_space",
-        "Where the error is measured. `hidden`: at the output of the last block; B_l is n_l x n_L. `logits`: at the "
-        "output of the head; B_l is n_l x classes. `auto`: where there are fewer numbers.",
+        "Where the error is measured. `hidden`: at the output of the last block; B_l is n_l x n_L. `logits`: at that "
+        "of the head; B_l is n_l x classes. `auto`: `hidden` for sequences, else where there are fewer numbers.",
     )
     feedback_sharing: Literal["auto", "none", "position", "grid"] | None = _option(
         "feedback_sharing",

@@ -28,7 +28,7 @@ def write_report(table: dict[str, Any], results: Results, errors: dict[str, str]
     try:
         plot(table, rows, folder)
     except ImportError:
-        print("No plots: matplotlib is missing. pip install 'grape_hf[plot]'")
+        print("No plots: matplotlib is missing. pip install '.[plot]' in a checkout of grape_hf")
 
 
 def summarise(table: dict[str, Any], method: str, results: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -103,7 +103,10 @@ class ReaderHook:
             if not isinstance(h, Tensor):
                 continue
             assert path is not None
-            inputs = nested.put(inputs, path, self._read(mode, index, h))
+            new = self._read(mode, index, h)
+            for place in (path, *self.boundaries.repeated.get(index, ())):  # query, key and value may be one tensor
+                if nested.get(inputs, place) is h:
+                    inputs = nested.put(inputs, place, new)
         return inputs
 
     def _read(self, mode: Mode, index: int, h: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ class Boundaries:
         read: the same for the samples of the next estimate, ``(batch, positions)``, by the error that a step has found.
         last_checked: whether it was seen in a step that all of h_L's gradient comes by way of y, the output of a head.
         places: where a block finds h_l among its arguments, by boundary; the first floating-point tensor by default.
+        repeated: where else it finds the same tensor.
         parts: where the hidden states are in what a block returns, by its number; the same by default.
 
     Raises:
@@ -107,8 +108,8 @@ class Boundaries:
         self.sizes: list[int] | None = None
         self.read_at: ReadAt | None = None
         self.read: Tensor | None = None
-        self.places: dict[int, nested.Path] = {}
-        self.parts: dict[int, nested.Path] = {}
+        self.places, self.parts = dict[int, nested.Path](), dict[int, nested.Path]()
+        self.repeated: dict[int, list[nested.Path]] = {}
         self._mode: Mode | None = None
         self._read_before: dict[int, tuple[Mode, Tensor, Any, Tensor]] = {}  # by a decoder's earlier blocks
         self.last_checked = False

@@ -147,7 +147,8 @@ class BroadcastMode(FollowingMode):
         # In few steps (``FeedbackPoints.check``): that takes a backward of the head.
         look = mode is self and self.keep != "h and e" and not boundaries.last_checked
         self._looked |= look
-        mode.star.head = HeadCheck(h if look and not boundaries.whole and not torch.compiler.is_compiling() else None)
+        seen = h if look and not boundaries.whole and not torch.compiler.is_compiling() else None
+        mode.star.head = HeadCheck(seen, boundaries.layout, paired=boundaries.read_at is None)
         return Last.apply(h, mode.star)
 
     @property

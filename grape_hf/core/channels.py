@@ -3,7 +3,9 @@
 Convolutions and the norms that go with them have channels behind the batch, linear layers and layer norms in the last
 dimension. So the first of these that runs inside a block, on as many dimensions as the block's input has, says how many
 positions there are, and which dimensions of that input they are. Where that fits both ways, as where there are as many
-positions as channels, the kind of that module decides. Blocks vote, as one of them may have no module that tells.
+positions as channels, the kind of that module decides. Where all of them run on another view of the input (series that
+are folded into the batch), the number of channels is what they tell. Blocks vote, as one of them may have no module
+that tells.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,6 +69,9 @@ class Channels:
         for index, shape in read.items():
             seen = self._seen.get((index, len(shape)))
             vote = None if seen is None else _behind_the_batch(shape, *seen)
+            if vote is None:
+                others = [_by_width(shape, *found) for (i, _), found in self._seen.items() if i == index]
+                vote = next((other for other in others if other is not None), None)
             if vote is not None and len(shape) > 2:
                 (first if len(shape) == 3 else last)[vote] += 1
         return first[True] > first[False], last[False] > last[True]
@@ -76,4 +81,11 @@ def _behind_the_batch(h: torch.Size, behind: bool, x: torch.Size) -> bool | None
     """Whether h has its channels behind the batch, by a module that does or does not on x; None if x does not tell."""
     positions = x[2:] if behind else x[1:-1]
     first, last = h[2:] == positions, h[1:-1] == positions
+    return behind if first and last else first if first or last else None
+
+
+def _by_width(h: torch.Size, behind: bool, x: torch.Size) -> bool | None:
+    """Whether h has its channels behind the batch, by how many a module has that runs on another view of it."""
+    channels = x[1] if behind else x[-1]
+    first, last = h[1] == channels, h[-1] == channels
     return behind if first and last else first if first or last else None

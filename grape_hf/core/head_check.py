@@ -1,11 +1,14 @@
 """What a backward shows of a head whose output is y: does all that the loss wants of h_L come by way of y?
 
-Direct feedback measures the error at y, and pairs row i of y with sample i of every h_l. A backward of the head alone
-shows whether both may be done. It costs as much as the head's part of the step, so that few steps have one.
+Direct feedback measures the error at y, and pairs row i of y with sample i of every h_l, and position s with position
+s. A backward of the head alone shows whether that may be done. It costs as much as the head's part of the step, so that
+few steps have one.
 """
 
 import torch
 from torch import Tensor
+
+from grape_hf.core.layout import AUTO, Layout
 
 
 class HeadCheck:
@@ -13,10 +16,12 @@ class HeadCheck:
 
     Args:
         last: h_L as its block made it; None if the backward of the head is not to be looked at.
+        layout: how h_L and y are seen as vectors.
+        paired: whether positions are paired, where y has as many as h_L.
     """
 
-    def __init__(self, last: Tensor | None) -> None:
-        self._last = last
+    def __init__(self, last: Tensor | None, layout: Layout = AUTO, paired: bool = True) -> None:
+        self._last, self._layout, self._paired = last, layout, paired
         self._by_y: Tensor | None = None  # what y sends to h_L
         self._sent = False
 
@@ -29,7 +34,7 @@ class HeadCheck:
         """Note what e, the error at y, sends to h_L.
 
         Raises:
-            RuntimeError: if a row of y was made of another sample than its number says.
+            RuntimeError: if a row of y was made of another sample than its number says, or a vector of other positions.
         """
         last, self._last, self._sent = self._last, None, True
         if last is None or y is None:
@@ -37,17 +42,37 @@ class HeadCheck:
         (self._by_y,) = torch.autograd.grad(y, last, e, retain_graph=True, allow_unused=True)
         if self._by_y is None or len(self._by_y) != len(e):
             return
-        reached = _rows(self._by_y)
-        for row in (_rows(e) & ~reached.to(e.device)).nonzero().flatten()[:1]:
+        there, reached = self._positions(e), self._positions(self._by_y)
+        for row in (there.any(1) & ~reached.any(1).to(there.device)).nonzero().flatten()[:1]:
             # A head may send a sample nothing, as where no unit of a ReLU is on. Does this row send to another?
-            alone = torch.zeros_like(e).index_copy_(0, row[None], e[row][None])
-            (by_row,) = torch.autograd.grad(y, last, alone, retain_graph=True)
-            if _rows(by_row).any():
+            if self._alone(y, last, e, row[None]).any():
                 raise RuntimeError(
                     f"row {int(row)} of the head's output was made of another sample than sample {int(row)}. A head "
                     "that runs on chosen tokens alone has rows of its own, and their errors would go to other samples. "
                     'Use feedback_space="hidden".'
                 )
+        if self._paired and there.shape == reached.shape and there.shape[1] > 1:
+            for row, position in there.nonzero()[:1]:
+                found = self._alone(y, last, e, row[None], position)[row]
+                if found.any() and int(found.count_nonzero()) > int(found[position]):
+                    raise RuntimeError(
+                        f"position {int(position)} of the head's output was made of other positions of the last "
+                        'block\'s, and errors would be paired by position. Use feedback_space="hidden".'
+                    )
+
+    def _positions(self, gradient: Tensor) -> Tensor:
+        """Return where a gradient is not zero, ``(batch, positions)``."""
+        return self._layout.vectors(gradient).ne(0).any(-1)
+
+    def _alone(self, y: Tensor, last: Tensor, e: Tensor, row: Tensor, position: Tensor | None = None) -> Tensor:
+        """Return where one row of e, or one position of it, arrives, ``(batch, positions)``."""
+        vectors = self._layout.vectors(e)
+        kept = vectors[row]
+        if position is not None:
+            kept = torch.zeros_like(kept).index_copy_(1, position[None], kept[:, position[None]])
+        alone = self._layout.restore(torch.zeros_like(vectors).index_copy_(0, row, kept), e.shape)
+        (found,) = torch.autograd.grad(y, last, alone, retain_graph=True)
+        return self._positions(found)
 
     def arrived(self, gradient: Tensor) -> None:
         """Raise RuntimeError if the gradient at h_L does not all come by way of y."""
@@ -61,8 +86,3 @@ class HeadCheck:
                 "by a hook, several heads), and the error is measured at the head's output: what comes from there "
                 'would not reach the other blocks. Use feedback_space="hidden".'
             )
-
-
-def _rows(gradient: Tensor) -> Tensor:
-    """Return of which samples a gradient is not zero everywhere, ``(batch,)``."""
-    return gradient.reshape(len(gradient), -1).any(1)

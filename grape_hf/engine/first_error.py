@@ -46,6 +46,7 @@ class FirstError:
         self.seen, self.taken, self._positions = False, False, 1.0
         self._found: ReadAt | None = None
         self._several = False
+        self._shared: list[bool] | None = None  # which matrices are still the identity, or a share of it
 
     def see(self, boundaries: Boundaries, errors: Sequence[Tensor], labels: Any) -> None:
         """Look at e of every forward; one that is zero everywhere (labels that are ignored) says nothing yet."""
@@ -74,12 +75,12 @@ class FirstError:
 
     def see_again(self, boundaries: Boundaries, errors: Sequence[Tensor]) -> None:
         """Look whether the loss reads several positions of a sample, where errors are paired by one."""
-        for e in errors:
-            if reads_several(boundaries.layout.vectors(e)):
-                self._several, self._positions = True, self._count(boundaries, e)
+        self._several = self._several or any(reads_several(boundaries.layout.vectors(e)) for e in errors)
 
     def changes(self, boundaries: Boundaries, feedback: Feedback, step: int) -> bool:
         """Pair errors by what was seen, from the next step on, and return whether that is new; all ranks call it."""
+        if self._shared is None:  # nothing has been learned yet
+            self._shared = [b.shape[0] == b.shape[1] and is_identity(b / b[0, 0]) for b in feedback.learned]
         if not self.taken:
             return self._take(boundaries, feedback)
         if not self.due(boundaries, step):
@@ -93,11 +94,9 @@ class FirstError:
         boundaries.read_at = None
         matrices = feedback.learned
         sources = [None] * len(matrices) if feedback.maps is None else feedback.maps.sources
-        eye = [torch.eye(*b.shape, dtype=b.dtype, device=b.device) for b in matrices]
-        shared = [torch.allclose(b * self._positions, i) for b, i in zip(matrices, eye, strict=True)]
         whole = [
-            i if is_shared and source is None else b
-            for b, i, is_shared, source in zip(matrices, eye, shared, sources, strict=True)
+            torch.eye(len(b), dtype=b.dtype, device=b.device) if shared and source is None else b
+            for b, shared, source in zip(matrices, self._shared, sources, strict=True)
         ]
         self._forget(feedback)
         feedback.put(self.ranks.first(whole))

@@ -16,6 +16,7 @@ from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.channels import Channels
 from grape_hf.core.graph import Mark, in_backward, is_mark, marks_of, parameters_of
 from grape_hf.core.hooks import Hook
+from grape_hf.core.layout import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ class Watcher:
         parts: where a block's hidden states are in what it returns.
         made: those hidden states.
         inputs: the marks that they were made of, by way of no other mark.
-        places: where a block finds h_l among its arguments, by boundary, if at one place.
+        places: where a block finds h_l among its arguments, by boundary.
+        repeated: where else it finds the same tensor.
         read: h_l as it finds it.
         heads: how often the module ran whose output may be y; ``logits`` is the first output, ``head_marks`` its marks.
         output: what the model returned.
@@ -51,6 +53,7 @@ class Watcher:
         self.made_of: dict[tuple[int, nested.Path], set[tuple[int, nested.Path]]] = {}  # the same of each output
         self.versions: dict[int, int] = {}
         self.places: dict[int, nested.Path] = {}
+        self.repeated: dict[int, list[nested.Path]] = {}
         self.read: dict[int, Tensor] = {}  # h_l as the next block reads it
         self.several: set[int] = set()
         self.again = False
@@ -166,11 +169,12 @@ class Watcher:
                 main = [(path, t) for path, t, parts in reading if self.parts[index] in parts]
             if not main:
                 return
-            path, h = main[0]
-            if any(other is not h for _, other in main) or len(main) > 1:
+            (path, h), *more = main
+            if any(other is not h for _, other in more):
                 self.several.add(index)
                 return
             self.places[index], self.read[index] = path, h
+            self.repeated[index] = [other for other, _ in more]
 
         return hook
 
@@ -222,6 +226,22 @@ class Watcher:
         read = marks_of([t for _, t in nested.tensors(self.output)] if loss is None else [loss]) | self.head_marks
         return any((last, p) in read for p in streams)
 
+    def tokens(self, layout: Layout) -> bool:
+        """Whether the last block hands on tokens, which share B_l.
+
+        For these the error is best measured there, also where a classifier makes fewer numbers of them: what it reads,
+        and by which weights, is in the error then, and need not be learned (LOG.md, 29 November 2026).
+        """
+        return self.made[len(self.boundaries)].ndim == 3 and layout.sharing != "none"
+
+    def scattered(self, layout: Layout) -> str:
+        """Say how the head's output and the last block's differ in positions; empty if they do not, or it has one."""
+        last = self.made[len(self.boundaries)]
+        if self.logits is None or len(self.logits) != len(last):
+            return ""
+        y, h = (layout.vectors(t.detach()).shape[1] for t in (self.logits, last))
+        return "" if y in (1, h) else f"{y} of these, and {h} of those"
+
     def _carried(self) -> set[tuple[int, nested.Path]]:
         """What a block returns beside its hidden states and has made of those of blocks before it."""
         found: set[tuple[int, nested.Path]] = set()
@@ -237,6 +257,11 @@ class Watcher:
         floating = [t for _, t in nested.tensors(self.output) if t.is_floating_point() and t.requires_grad]
         pooled = [t for t in floating if t.ndim == 2 and t.shape[1] != positions]
         return pooled[0].sum() if pooled else None
+
+    @property
+    def tells_loss(self) -> bool:
+        """Whether what the model returned is the loss, or what a classifier's will be made of."""
+        return _loss_of(self.output) is not None or (self.logits is not None and self.logits.ndim == 2)
 
     def beside(self) -> list[str]:
         """Name what but the head reads the last block's output, or may in another batch."""

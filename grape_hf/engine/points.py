@@ -105,6 +105,13 @@ class FeedbackPoints:
                 "expected both to have their channels in one dimension, found (batch, positions, channels) of the one "
                 'and (batch, channels, positions) of the other. Use feedback_space="hidden".'
             )
+        scattered = seen.scattered(at_head.layout)
+        if scattered and space == "logits":
+            raise ValueError(
+                f'feedback_space="logits" pairs positions: expected the {type(head).__name__} to make one vector for '
+                f"each sample, or for each position of the last block's output, found {scattered}. Use "
+                'feedback_space="hidden".'
+            )
         try:
             logits = None if head is None or turned or space == "hidden" else seen.at(at_head, numbers=not whole)
         except (OutputNotReachedError, BatchNotFirstError):  # not every loss calls the head, and calls it once
@@ -126,7 +133,8 @@ class FeedbackPoints:
             return "hidden", at_hidden, hidden
         assert logits is not None
         hidden = seen.at(at_hidden, numbers=not whole)
-        if hidden.n_y <= logits.n_y and not (hidden.split and self.options.feedback_sweeps):
+        split = hidden.split and self.options.feedback_sweeps
+        if not split and (scattered or hidden.n_y <= logits.n_y or (seen.tokens(at_head.layout) and not whole)):
             return "hidden", at_hidden, hidden
         return "logits", at_head, logits
 
@@ -209,8 +217,18 @@ def _graphs_can_be_used(model: nn.Module, args: Any) -> bool:
 
 
 def are_convolutional(blocks: Iterable[nn.Module]) -> bool:
-    """Return whether there are convolutions over maps or volumes in the blocks."""
-    return any(isinstance(m, nn.Conv2d | nn.Conv3d) for block in blocks for m in block.modules())
+    """Return whether there are convolutions over maps or volumes in the blocks.
+
+    Over maps of attention (Nystromformer) they have as many channels as there are heads, which no layer has as width.
+    """
+    return any(map(_convolves, blocks))
+
+
+def _convolves(block: nn.Module) -> bool:
+    modules = list(block.modules())
+    widths = {width for m in modules if isinstance(m, nn.Linear) for width in (m.in_features, m.out_features)}
+    over_maps = (m for m in modules if isinstance(m, nn.Conv2d | nn.Conv3d))
+    return any(not widths or widths & {m.in_channels, m.out_channels} for m in over_maps)
 
 
 def feedback_blocks(blocks: dict[str, nn.Module], points: int) -> dict[str, nn.Module]:

@@ -125,6 +125,7 @@ class Look(Watcher):
                 'positions into it, use feedback_space="hidden"; else name others with the option `blocks`.'
             )
         boundaries.copied, boundaries.parts, boundaries.places = self.copied, dict(self.parts), dict(self.places)
+        boundaries.repeated = dict(self.repeated)
         boundaries.around = self.around
         for index, readers in enumerate(boundaries.readers):
             if readers and index not in self.places:  # no one place where h_l is read: it is cut where it is made
@@ -194,7 +195,8 @@ class Look(Watcher):
             boundaries.calls.masks.learn(boundaries.blocks[0], boundaries.layout.tokens(at_h).ne(0).any(-1))
         pooled = self.logits is not None and self.logits.ndim == 2
         of_tokens = not pooled and any(t.ndim > 1 and positions in t.shape[1:] for t in self.labels)
-        boundaries.read_at = None if at_y is None or of_tokens else read_position(boundaries.layout.vectors(at_y))
+        told = at_y is not None and not of_tokens and self.tells_loss  # else the first error tells
+        boundaries.read_at = read_position(boundaries.layout.vectors(at_y)) if at_y is not None and told else None
 
     def _take_gradients(self, at: list[Tensor | None], positions: int) -> list[Tensor | None]:
         found: list[Tensor | None] = [None] * len(at)

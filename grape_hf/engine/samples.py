@@ -37,8 +37,11 @@ class Share:
         found = target_mask(self.call.kwargs)
         if found is not None or labels is None:
             return found
-        rows = self.rows
-        return target_mask({"labels": labels if rows is None else nested.rows_of(labels, rows)})
+        rows, number = self.rows, self.call.samples or len(labels)
+        if rows is None and number == len(labels):
+            return target_mask({"labels": labels})
+        # The call may see every sample several times, the second time behind all others.
+        return target_mask({"labels": nested.rows_of(labels, [row % len(labels) for row in rows or range(number)])})
 
 
 class Sampler:

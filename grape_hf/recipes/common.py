@@ -42,7 +42,7 @@ def write_or_push_card(trainer: GrapeTrainer, card: dict[str, Any]) -> None:
 def plot_callbacks() -> list[TrainerCallback]:
     """Return what keeps ``curves.png`` and ``alignment.png`` in the output folder current, if matplotlib is there."""
     if importlib.util.find_spec("matplotlib") is None:
-        logger.warning("No plots: matplotlib is missing. pip install 'grape_hf[plot]'")
+        logger.warning("No plots: matplotlib is missing. pip install '.[plot]' in a checkout of grape_hf")
         return []
     from grape_hf.reports.plot_callback import PlotCallback
 

@@ -18,7 +18,7 @@ try:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 except ImportError as error:
-    raise ImportError("Plots need matplotlib: pip install 'grape_hf[plot]'.") from error
+    raise ImportError("Plots need matplotlib: pip install '.[plot]' in a checkout of grape_hf.") from error
 
 from grape_hf.reports.log_names import PREFIX
 

@@ -7,7 +7,9 @@ Importing this registers ``mnist_cnn``, ``cifar_cnn``, ``alexnet_cifar``, ``vgg1
 try:
     import timm  # noqa: F401
 except ImportError as error:
-    raise ImportError(f"grape_hf.vision needs timm: pip install 'grape_hf[vision]' ({error}).") from error
+    raise ImportError(
+        f"grape_hf.vision needs timm: pip install '.[vision]' in a checkout of grape_hf ({error})."
+    ) from error
 
 from grape_hf.vision import networks
 from grape_hf.vision.classifier import image_classifier, loading_note

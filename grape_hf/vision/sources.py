@@ -152,7 +152,7 @@ def embedded_sample() -> dict[str, Dataset]:
     except ImportError as error:
         raise RuntimeError(
             "The embedded sample is scikit-learn's digits, and scikit-learn is missing: "
-            "pip install 'grape_hf[vision]', or name images with --data_dir."
+            "pip install '.[vision]' in a checkout of grape_hf, or name images with --data_dir."
         ) from error
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)

@@ -49,7 +49,7 @@ def write_report(settings: Mapping[str, Any], grid: Grid, results: Mapping[str, 
     try:
         plot(settings, shown, folder / "curves.png")
     except ImportError:
-        print("No plots: matplotlib is missing. pip install 'grape_hf[plot]'")
+        print("No plots: matplotlib is missing. pip install '.[plot]' in a checkout of grape_hf")
 
 
 def runs_of(grid: Grid, results: Mapping[str, Result], method: str) -> list[Result]:

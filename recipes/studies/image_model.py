@@ -5,9 +5,9 @@ r"""Image classifiers from scratch, one method beside the other: each at its bes
     python recipes/studies/image_model.py recipes/studies/image_model/paths.yaml --report    # table and plot
 
 A study is a YAML file as in ``language_model.py``, with ``data`` (a folder, the share of its training images that is
-trained on, and how they are augmented) and ``model`` (``architecture``, one of timm's or ours). What is trained on, and
-which images are held out, is as in ``recipes/image_classification.py``; so are the augmentation, which is made on the
-device, and a seed's first weights.
+trained on, and how they are augmented) and ``model`` (``architecture``, one of timm's or ours, and what timm makes it
+with). What is trained on, and which images are held out, is as in ``recipes/image_classification.py``; so are the
+augmentation, which is made on the device, and a seed's first weights.
 
 A cell is one training (``study.py``): every method at every rate with the first seed, then, at the rate that has the
 highest accuracy on validation, all seeds and the whole test split. ``--workers N --seconds S --out DIR`` and
@@ -54,7 +54,7 @@ class ImageStudy(Study):
     def make_trainer(self, cell: Cell, data: StudyImages, watch: Watch) -> GrapeTrainer:
         """Make the model and its Trainer, as the study says."""
         set_seed(cell.seed)
-        model = image_classifier(self.settings["model"]["architecture"], data.about["labels"])
+        model = image_classifier(labels=data.about["labels"], **self.settings["model"])
         train = data.images("train", cell.seed)
         on_cpu = data.device.type == "cpu"
         return self.trainer_of(cell.method)(

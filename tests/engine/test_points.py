@@ -5,9 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import arguments
-from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    NystromformerConfig,
+    NystromformerForSequenceClassification,
+)
 
 from grape_hf import GrapeTrainer
 from grape_hf.engine.points import options_for
@@ -25,6 +33,12 @@ def of_transformers(kind: str, **options: Any) -> nn.Module:
     return AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, num_labels=5, **options))
 
 
+def nystromformer() -> nn.Module:
+    return NystromformerForSequenceClassification(
+        NystromformerConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    )
+
+
 MODELS = {
     "resnet": (lambda: timm_model("resnet10t", channels=(8, 8, 16, 16), stem_width=8), "resnet"),
     "cifar": (lambda: timm_model("resnet20_cifar"), "resnet"),
@@ -34,6 +48,7 @@ MODELS = {
     ),
     "vgg": (lambda: timm_model("vgg16_cifar"), "convnet"),
     "mobilenet": (lambda: timm_model("mobilenetv2_035"), "convnet"),
+    "nystromformer": (lambda: nystromformer(), "recommended"),  # convolutions over maps of attention
     "vit": (lambda: of_transformers("vit", hidden_size=16, num_hidden_layers=2, num_attention_heads=2), "recommended"),
 }
 
@@ -98,3 +113,57 @@ def test_a_residual_network_trains_down_its_shortcuts_by_default(tmp_path: Path)
         if name.endswith("conv1.weight"):
             assert not torch.equal(p, r), name
     assert by_default.state.log_history[0]["grape/preset"] == "resnet"
+
+
+class Shaped(nn.Linear):
+    """A head that makes (batch, horizon, channels) of all positions together."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h.flatten(1)).view(len(h), -1, 2)
+
+
+class Forecaster(nn.Module):
+    def __init__(self, horizon: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+        self.head = Shaped(48, 2 * horizon)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = x + layer(x)
+        y = self.head(x)
+        return {"loss": F.mse_loss(y, labels), "logits": y}
+
+
+@pytest.mark.parametrize("horizon", [8, 5], ids=["as many steps as positions", "fewer"])
+def test_the_error_of_a_forecast_is_measured_at_the_last_block(horizon, tmp_path):
+    """Step s of y has nothing to do with position s: the head's output has no positions to pair."""
+
+    def run(**options: Any) -> GrapeTrainer:
+        torch.manual_seed(0)
+        model = Forecaster(horizon)
+        data = [{"x": torch.randn(8, 6), "labels": torch.randn(horizon, 2)} for _ in range(8)]
+        trainer = GrapeTrainer(
+            model, arguments(tmp_path, max_steps=2, alignment_steps=1, **options), train_dataset=data
+        )
+        trainer.train()
+        return trainer
+
+    assert run().feedback[0].shape == (6, 6)
+    if horizon == 8:
+        with pytest.raises(RuntimeError, match='made of other positions.*feedback_space="hidden"'):
+            run(feedback_space="logits")
+    else:
+        with pytest.raises(ValueError, match='5 of these, and 8 of those.*feedback_space="hidden"'):
+            run(feedback_space="logits")
+
+
+def test_a_classifier_of_sequences_has_its_error_measured_in_hidden_space(tmp_path):
+    """Of maps there are more numbers than classes, and of vectors the smaller number counts."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8)
+    data = [{"input_ids": torch.randint(9, (5,)), "labels": i % 2} for i in range(8)]
+    trainer = GrapeTrainer(BertForSequenceClassification(config), arguments(tmp_path, max_steps=1), train_dataset=data)
+    trainer.train()
+    assert trainer.feedback[0].shape == (8, 8)
+    assert trainer._run.boundaries.read_at == "first"
