@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LEARNED, arguments, assert_same
+from helpers import LEARNED, arguments, assert_same, logged, train, weights
+from problems import GPT2
 from torch import Tensor, nn
 from transformers import BatchEncoding, Trainer
 
-from grape_hf import GrapeMixin
+from grape_hf import GrapeMixin, GrapeTrainer
 from grape_hf.core.calls import ModelCall
 from grape_hf.engine.samples import Sampler
 
@@ -248,3 +249,27 @@ def test_a_mask_of_the_batch_that_has_no_samples_to_take(tmp_path):
     trainer = Masked(Net(), args, data_collator=collate, train_dataset=[{"x": torch.randn(4)} for _ in range(16)])
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+class TwoViews(Trainer):
+    """The batch twice in one call, as for R-Drop; the labels come once."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        logits = model(input_ids=torch.cat([inputs["input_ids"]] * 2)).logits
+        labels = torch.cat([inputs["labels"]] * 2)
+        first, second = logits.chunk(2)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()) + F.mse_loss(first, second.detach())
+
+
+class GrapeTwoViews(GrapeTrainer):
+    compute_loss = TwoViews.compute_loss
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_a_batch_twice_in_one_call_with_labels_that_come_once(fraction, tmp_path):
+    options = dict(dtype=torch.float64, max_steps=3, optim="sgd", max_grad_norm=0)
+    stock = train(GPT2, tmp_path, TwoViews, **options)
+    more = dict(feedback_rule="lms", jvp_fraction=fraction, jvp_steps=1, feedback_sweeps=9)
+    grape = train(GPT2, tmp_path, GrapeTwoViews, **options, **more)
+    assert_same({n: p.detach() for n, p in grape.model.named_parameters()}, weights(stock), rtol=1e-9, atol=1e-11)
+    assert logged(grape, "grape/alignment/estimate/mean")

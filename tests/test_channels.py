@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from helpers import arguments, assert_same, weights
 from torch import Tensor, nn
+from transformers import PatchTSTConfig, PatchTSTForPrediction
 
 from grape_hf import GrapeTrainer
 from grape_hf.core.channels import Channels
@@ -305,3 +306,17 @@ def test_layer_norms_of_maps_have_their_channels_behind_the_batch():
         with channels.watched():
             blocks[0](x)
         assert channels.found({0: x.shape}) == (False, False)
+
+
+def test_series_that_are_folded_into_the_batch_inside_a_block(tmp_path: Path):
+    """Blocks hand on (batch, series, patches, channels), and all modules in them run on another view of it."""
+    torch.manual_seed(0)
+    config = PatchTSTConfig(
+        num_input_channels=2, context_length=16, patch_length=4, patch_stride=4, prediction_length=4,
+        num_hidden_layers=3, d_model=12, num_attention_heads=2, ffn_dim=12,
+    )  # fmt: skip
+    data = [{"past_values": torch.randn(16, 2), "future_values": torch.randn(4, 2)} for _ in range(8)]
+    options = dict(feedback_sharing="position", max_steps=1, label_names=["future_values"])
+    trainer = GrapeTrainer(PatchTSTForPrediction(config), arguments(tmp_path, **options), train_dataset=data)
+    trainer.train()
+    assert {b.shape for b in trainer.feedback} == {(12, 12)}

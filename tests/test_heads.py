@@ -467,3 +467,42 @@ def test_a_head_that_sends_a_sample_nothing_is_of_the_samples(tmp_path):
         model.head.dense.weight.zero_()
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+class MeanPooled(GrapeTrainer):
+    """Sentence embeddings: a loss between the means of hidden states."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        z = F.normalize(model(input_ids=inputs["input_ids"]).last_hidden_state.mean(1), dim=-1)
+        alike = inputs["labels"][:, None] == inputs["labels"]
+        return (z @ z.T - alike.to(z)).pow(2).mean()
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_a_pooled_output_that_the_loss_does_not_use_says_nothing(pooler, tmp_path, caplog):
+    model, data = headless()
+    model = BertModel(model.config, add_pooling_layer=pooler)
+    options = dict(max_steps=4, alignment_steps=1, logging_steps=1, remove_unused_columns=False)
+    trainer = MeanPooled(model, arguments(tmp_path, **options), train_dataset=data)
+    trainer.train()
+    assert trainer._run.boundaries.read_at is None
+    assert "several positions" not in caplog.text
+    assert all(size > 0.8 for _, size in logged(trainer, "grape/weight_gradient/size/mean"))
+
+
+def test_maps_that_have_learned_are_whole_again_when_all_positions_are_read(tmp_path):
+    """They start as a share of the identity where one position is read, and then another loss reads them all."""
+
+    class ByTurns(OwnHead):
+        def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            if self.state.global_step < 2:
+                return super().compute_loss(model, inputs)
+            return MeanPooled.compute_loss(self, model, inputs)
+
+    model, data = headless()
+    options = dict(max_steps=4, alignment_steps=1, logging_steps=1, remove_unused_columns=False, learning_rate=1e-3)
+    trainer = ByTurns(model, arguments(tmp_path, **options), train_dataset=data)
+    trainer.head = nn.Linear(16, 2)
+    trainer.train()
+    assert trainer._run.boundaries.read_at is None
+    assert 0.8 < logged(trainer, "grape/weight_gradient/size/mean")[-1][1] < 1.25

@@ -604,3 +604,12 @@ def test_what_is_set_before_train_is_checked_as_at_the_making(tmp_path):
     trainer.args.method = "fa"
     with pytest.raises(ValueError, match="does not go with torch_compile"):
         trainer.train()
+
+
+def test_a_step_that_was_taken_by_hand_leaves_no_hooks_behind_the_next_training(tmp_path):
+    trainer = make_trainer(PLAIN, tmp_path, max_steps=1)
+    before = count_hooks(trainer.model)
+    trainer.train()
+    trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+    trainer.train()
+    assert count_hooks(trainer.model) == before
