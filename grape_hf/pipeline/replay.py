@@ -6,10 +6,9 @@ All stages run it together, on an ordinary schedule, with the random numbers tha
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
-from grape_hf.core.isolation import isolated
+from grape_hf.core.isolation import isolated, random_states
 
 
 class Replay:
@@ -17,20 +16,18 @@ class Replay:
 
     Args:
         model: this stage's. Gradients of earlier batches are taken off it, and are there again after ``chain``.
-        device: where it computes.
 
     Attributes:
         star: by parameter, the gradient that the star has left.
         exact: by parameter, that of the ordinary backward.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._model, self._device = model, device
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self.star: dict[nn.Parameter, Tensor] = {}
         self.exact: dict[nn.Parameter, Tensor] = {}
         self._earlier = self._taken()
-        self._random = torch.get_rng_state()
-        self._random_on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._same_randomness = random_states(model)
 
     @contextmanager
     def chain(self) -> Iterator[None]:
@@ -38,9 +35,7 @@ class Replay:
         self.star = self._taken()
         try:
             with isolated(self._model, deterministic=False):
-                torch.set_rng_state(self._random)
-                if self._random_on_device is not None:
-                    torch.cuda.set_rng_state(self._random_on_device, self._device)
+                self._same_randomness()
                 yield
             self.exact = self._taken()
         finally:

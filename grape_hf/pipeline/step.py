@@ -214,7 +214,7 @@ class Pipeline:
     ) -> None:
         """Run a star, and beside it an ordinary schedule, of which nothing is left but what it has shown."""
         assert self.measures is not None
-        replay = Replay(self.split.model, self.device)
+        replay = Replay(self.split.model)
         run_schedule("star")
         number = len(losses)
         with replay.chain():

@@ -68,7 +68,7 @@ class Cells:
 
     def finish(self, name: str, result: dict[str, Any]) -> None:
         """Write a cell's result."""
-        self._write(self.results / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        self._write(self.results / f"{name}.json", json.dumps(result, indent=1, default=str) + "\n")
         self._error(name).unlink(missing_ok=True)
 
     def forget(self, name: str) -> None:

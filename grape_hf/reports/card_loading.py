@@ -24,7 +24,7 @@ _VARIABLES = {
 }
 
 
-def loading(record: RunRecord, task: str | None) -> tuple[str, str]:
+def loading(record: RunRecord) -> tuple[str, str]:
     """Say how the model is opened.
 
     Returns:

@@ -50,7 +50,9 @@ class CardMixin(PushMixin):
             named["tags"] = [tags] if isinstance(tags, str) else list(tags)  # the stock card puts its own into the list
         super().create_model_card(**named)
         if self.state.global_step and self.is_world_process_zero():
-            render_card(record_of(self, named), compared).save(Path(self.args.output_dir) / "README.md")
+            part = Path(self.args.output_dir) / "_README.md"  # in one piece: a push in the background may be reading it
+            render_card(record_of(self, named), compared).save(part)
+            part.replace(part.with_name("README.md"))
 
     def _write_card_to_push(self) -> None:
         # Of a model without a configuration the stock Trainer makes no card, and uploads it without.

@@ -132,7 +132,7 @@ def render_card(
     metrics = [result.metric_type for result in data.eval_results or []]
     data.metrics = list(dict.fromkeys([*listed(data.get("metrics")), *metrics])) or None
     others = base.text.partition(MARKER)[0].strip()
-    code_to_load, note = loading(record, task)
+    code_to_load, note = loading(record)
     bp = read_results(bp_results) if isinstance(bp_results, str | Path) else figures(bp_results or {})
     return Card.from_template(
         data,

@@ -12,7 +12,7 @@ def test_a_replay_has_the_same_dropout_and_changes_nothing():
     x, weight = torch.randn(16, 8), model[0].weight
     model(x).sum().backward()  # of an earlier micro-batch
     before = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
-    replay = Replay(model, x.device)
+    replay = Replay(model)
     model(x).square().sum().backward()
     mean, random = model[2].running_mean.clone(), torch.get_rng_state()
     with replay.chain():
