@@ -219,11 +219,13 @@ def test_an_error_at_one_token_goes_to_every_position(make, read_at, labels, spa
     model, block, data = make(labels)
     delta, _, trainer = deltas(model, block, data, tmp_path, method="dfa", feedback_init="auto", feedback_space=space)
     assert delta.any(-1).all()
-    torch.testing.assert_close(delta, delta[:, :1].expand_as(delta))  # the same B_l e_b everywhere
-    if trainer.feedback[0].shape == (16, 16):
-        assert trainer._run.boundaries.read_at == read_at
-        # e_b on the shortcut path, of which each position has its share
-        assert torch.equal(trainer.feedback[0], torch.eye(16) / delta.shape[1])
+    assert trainer._run.boundaries.read_at == read_at
+    assert torch.equal(trainer.feedback[0], torch.eye(16))  # e_b on the shortcut path, which keeps its position
+    positions, read = delta.shape[1], 0 if read_at == "first" else -1
+    mean = delta[:, 1:2]
+    expected = mean.repeat(1, positions, 1)
+    expected[:, read] += positions * mean[:, 0]
+    torch.testing.assert_close(delta, expected)
 
 
 def test_what_is_learned_is_the_jacobian_of_the_token_that_is_read(tmp_path):
@@ -336,11 +338,12 @@ def test_samples_without_an_error_say_nothing_of_where_the_loss_reads(ignored, t
     trainer.head = nn.Linear(16, 2)
     trainer.train()
     assert trainer._run.boundaries.read_at == "first"
-    assert torch.equal(trainer.feedback[0], torch.eye(16) / 6)
+    assert torch.equal(trainer.feedback[0], torch.eye(16))
 
 
-def test_an_identity_is_shared_by_positions_that_are_no_padding(tmp_path):
-    """Whoever computes the loss: the model is looked at before, the Trainer's loss is seen by its first error."""
+@pytest.mark.parametrize("rule", ["lms", "ema"])
+def test_an_identity_to_learn_from_estimates_is_shared_by_positions_that_are_no_padding(rule, tmp_path):
+    """These are of the sum over positions: each has its share of it on the shortcut path."""
 
     class Masked(GrapeTrainer):
         def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -349,7 +352,7 @@ def test_an_identity_is_shared_by_positions_that_are_no_padding(tmp_path):
 
     model, data = headless()
     data = [row | {"attention_mask": (torch.arange(6) < 2 + i % 2).long()} for i, row in enumerate(data)]
-    options = {"method": "dfa", "feedback_init": "identity", "remove_unused_columns": False, "max_steps": 1}
+    options = {"feedback_rule": rule, "feedback_lr": 0.0, "remove_unused_columns": False, "max_steps": 1}
     trainer = Masked(model, arguments(tmp_path, per_device_train_batch_size=8, **options), train_dataset=data)
     trainer.head = nn.Linear(16, 2)
     trainer.train()
@@ -358,14 +361,14 @@ def test_an_identity_is_shared_by_positions_that_are_no_padding(tmp_path):
 
 @pytest.mark.parametrize("sweeps", [0, 1])
 def test_what_a_map_saw_of_the_first_error_is_not_learned(sweeps, tmp_path):
-    """It was paired with e of its own position, where all positions get the error of one from now on."""
+    """It was paired with e of its own position, where all positions get the mean besides from now on."""
     model, data = headless()
     options = {"max_steps": 1, "remove_unused_columns": False, "feedback_lr": 0.5, "feedback_sweeps": sweeps}
     trainer = OwnHead(model, arguments(tmp_path, **options), train_dataset=data)
     trainer.head = nn.Linear(16, 2)
     trainer.train()
     below, last = trainer._run.maps.G
-    assert torch.equal(last, torch.eye(16) / 6)
+    assert torch.equal(last, torch.eye(16))
     assert not torch.equal(below, torch.eye(16))
 
 
@@ -384,9 +387,11 @@ def test_a_head_outside_the_model_is_seen_by_the_first_error(tmp_path):
     trainer.head = nn.Linear(16, 2)
     trainer.train()
     assert trainer._run.boundaries.read_at == "first"
-    assert torch.equal(trainer.feedback[0], torch.eye(16) / 6)
-    assert got[-1].any(-1).all()
-    torch.testing.assert_close(got[-1], got[-1][:, :1].expand_as(got[-1]))
+    assert torch.equal(trainer.feedback[0], torch.eye(16))
+    mean = got[-1][:, 1:]
+    assert mean.any(-1).all()
+    torch.testing.assert_close(mean, mean[:, :1].expand_as(mean))
+    torch.testing.assert_close(got[-1][:, 0], 7 * mean[:, 0])
 
 
 class Marked(nn.Module):

@@ -15,8 +15,7 @@ of one unit with the first of them. Without ``readers`` h_l is cut where block l
 
 ``h``, ``e`` and ``y`` are seen as vectors, ``(batch, positions, n)``, and paired as ``layout.py`` says: where y has
 other positions than h_l (a classifier), e_b is summed over positions and the same B_l e_b goes to each position of h_l.
-So it is for the blocks of an encoder below a decoder (``pooled``), whose output is cut like any h_l, and where the loss
-reads one position of y (``read_at``).
+So it is for the blocks of an encoder below a decoder (``pooled``), whose output is cut like any h_l.
 
 What else a block hands on, or the model hands to its blocks, keeps its gradient, which is exact and local: it runs from
 a block's own error along that path, up to the next cut, and no further. Such paths are a position bias computed in
@@ -75,7 +74,8 @@ class Boundaries:
         around: whether later blocks than the next, or y, read what a block has made, too (``probe``).
         sizes: n_l of each h_l, and n_y, which every forward that counts must have; any by default.
         read_at: where the loss reads y if that is one position alone; None if it is not.
-        read: the same for the samples of the next estimate, ``(batch, positions)``, by the error that a step has found.
+        spread: whether an error at one position of y stays there, and all get its mean; else all get the sum.
+        read: ``read_at`` for the samples of the next estimate, ``(batch, positions)``, by the error of a step.
         last_checked: whether it was seen in a step that all of h_L's gradient comes by way of y, the output of a head.
         places: where a block finds h_l among its arguments, by boundary; the first floating-point tensor by default.
         repeated: where else it finds the same tensor.
@@ -104,7 +104,7 @@ class Boundaries:
         self.layout, self.whole, self.pooled, self.calls = layout, whole, frozenset(pooled), calls
         self.readers = [[] for _ in self.blocks[1:]] if readers is None else [list(r) for r in readers]
         self.copied: set[int] = set()
-        self.around = False
+        self.around = self.spread = False
         self.sizes: list[int] | None = None
         self.read_at: ReadAt | None = None
         self.read: Tensor | None = None
@@ -112,8 +112,7 @@ class Boundaries:
         self.repeated: dict[int, list[nested.Path]] = {}
         self._mode: Mode | None = None
         self._read_before: dict[int, tuple[Mode, Tensor, Any, Tensor]] = {}  # by a decoder's earlier blocks
-        self.last_checked = False
-        self._warned = False
+        self.last_checked = self._warned = False
 
     def __len__(self) -> int:
         """Count the feedback points, L - 1."""
@@ -157,11 +156,12 @@ class Boundaries:
             h: h_l.
             mask: padding, if it is not to be taken from what the model was called with.
         """
-        pooled = index in self.pooled or self.read_at is not None
+        pooled, one = index in self.pooled, self.read_at is not None
+        summed, spread = pooled or (one and not self.spread), one and self.spread and not pooled
         if mask is not None:  # an encoder's mask says nothing about the positions of its decoder
-            return Pairing(self.layout, pooled, mask if index in self.pooled or not self.pooled else None)
+            return Pairing(self.layout, summed, spread, mask if pooled or not self.pooled else None)
         padding = None if self.calls is None else self.calls.masks.padding(self.blocks[index], self.layout.tokens(h))
-        return Pairing(self.layout, pooled, padding)
+        return Pairing(self.layout, summed, spread, padding)
 
     def read_of(self, y: Tensor, padding: Tensor | None) -> Tensor | None:
         """Return where the loss reads y, ``(batch, positions)``; None if that is everywhere, or not known."""

@@ -113,22 +113,33 @@ class Pairing:
     Where the two have the same positions, position s of one goes with position s of the other. Else there is one error
     per sample, the sum over positions, and it goes with every position of h_l that is no padding.
 
+    Where the loss reads y at one position alone, as a classifier reads its token, all others would get no error at all,
+    though that token attends to them. So every position that is no padding gets the mean over these besides.
+
     Args:
         layout: how h_l and y are seen as vectors.
         pooled: one error per sample although h_l and y may have equally many positions: h_l is of another sequence (an
-            encoder's), or the loss reads y at one position alone.
+            encoder's).
+        spread: whether every position gets the mean besides.
         padding: ``(batch, positions of h_l)``, nonzero where a position is no padding; None if there is none.
         read: ``(batch, positions of y)``, nonzero where the loss reads y; None if that is everywhere.
     """
 
     layout: Layout = AUTO
     pooled: bool = False
+    spread: bool = False
     padding: Tensor | None = None
     read: Tensor | None = None
 
     def align(self, e: Tensor, positions: int) -> Tensor:
         """Return e, ``(batch, S, n_y)``, as ``(batch, positions or 1, n_y)``."""
-        return align_positions(e, positions, self.pooled)
+        e = align_positions(e, positions, self.pooled)
+        if not self.spread or e.shape[1] == 1:
+            return e
+        known = self.padding is not None and self.padding.shape == e.shape[:2]
+        there = (self.padding != 0).to(e) if self.padding is not None and known else e.new_ones(e.shape[:2])
+        share = there / there.sum(1, keepdim=True).clamp(min=1)  # (batch, positions)
+        return e + share[..., None] * e.sum(1, keepdim=True)
 
     def padded(self, padding: Tensor | None) -> "Pairing":
         """Return the pairing with this padding."""

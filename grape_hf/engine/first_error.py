@@ -99,7 +99,8 @@ class FirstError:
             for b, shared, source in zip(matrices, self._shared, sources, strict=True)
         ]
         self._forget(feedback)
-        feedback.put(self.ranks.first(whole))
+        if not boundaries.spread:
+            feedback.put(self.ranks.first(whole))
         return True
 
     def _forget(self, feedback: Feedback) -> None:
@@ -126,7 +127,8 @@ class FirstError:
             starts = [start and s is None for start, s in zip(starts, feedback.maps.sources, strict=True)]
             self._forget(feedback)
         shared = [b / self._positions if start else b for b, start in zip(matrices, starts, strict=True)]
-        feedback.put(self.ranks.first(shared))
+        if not boundaries.spread:  # else most of the error stays where it arose
+            feedback.put(self.ranks.first(shared))
         return True
 
     def read_by(

@@ -108,10 +108,10 @@ class GrapeRun:
         space, self.boundaries, shapes = self._points.look(forward, self.sharded, calls, self._agreed)
         self.aside.begin(shapes.changed)
         self.boundaries.read_at = self.first_error.as_first_rank(self.boundaries.read_at, self._device)
+        self.boundaries.spread = options.learns_by_maps or options.method == "dfa"  # an estimate is of the sum
         starts.refuse_size(self.boundaries, shapes)
         self.boundaries.sizes = [*(h.shape[-1] for h in shapes.h), shapes.n_y]
-        # Each rank has looked at samples of its own.
-        some = forward
+        some = forward  # each rank has looked at samples of its own
         if isinstance(forward, ModelCall) and (number := forward.samples) is not None:
             some = forward.take(range(min(number, 32)))  # the Jacobian of a shortcut path is a mean over samples
         self.maps = starts.initial_maps(self.boundaries, shapes, self.seed) if starts.by_block else None

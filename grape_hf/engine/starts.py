@@ -77,8 +77,9 @@ class Starts:
             return shortcut_feedback(self.model, boundaries, forward, self.names, chain)
         generator = torch.Generator().manual_seed(seed)
         inits = [of_encoder or init if index in pooled else init for index in range(total)]
-        # One error for all positions: on the shortcut path each has its share of it.
-        share = 1 / shapes.positions if boundaries.read_at is not None and init == "identity" else 1
+        # Of one error for all positions each has its share on the shortcut path.
+        shared = boundaries.read_at is not None and not boundaries.spread and init == "identity"
+        share = 1 / shapes.positions if shared else 1
         return [
             share
             * initial_feedback(
@@ -132,8 +133,8 @@ class Starts:
                     '"auto", which takes the identity where it fits.'
                 )
             start = initial_feedback(init, n_l, n, generator, dtype)
-            shared = sources[index] is None and boundaries.read_at is not None and init == "identity"
-            G.append((start / shapes.positions if shared else start).to(h.device))
+            one = sources[index] is None and boundaries.read_at is not None and not boundaries.spread
+            G.append((start / shapes.positions if one and init == "identity" else start).to(h.device))
         return BlockMaps(G, sources)
 
     def _refuse_scope(self, boundaries: Boundaries, shapes: Probe) -> None:

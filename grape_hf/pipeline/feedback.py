@@ -14,7 +14,7 @@ from torch import Tensor
 from grape_hf.core.alignment import inner_products
 from grape_hf.core.block_maps import chained
 from grape_hf.core.feedback import Feedback, FeedbackInit, initial_feedback, is_identity, normalize_columns
-from grape_hf.core.padding import mean_length
+from grape_hf.core.layout import Pairing
 from grape_hf.core.star import Matrix
 from grape_hf.engine.first_error import READS_SEVERAL, reads_several
 from grape_hf.engine.probe import read_position
@@ -60,8 +60,6 @@ class StageFeedback:
         self.maps: StageMaps | None = None
         self.settled = False
         self._batches, self._several = 0, False
-        self._share = 1.0  # of the error that each position gets, where there is one error for all
-        self._identity = starts is None
         self._padding: list[Tensor | None] = []
         self.B: dict[int, Matrix] = {p: "identity" if starts is None else starts[p].to(device) for p in self.own}
 
@@ -101,14 +99,13 @@ class StageFeedback:
         self._batches += 1
         if self._several:  # seen in the batch before; as in one process, from the next step on
             logger.warning(READS_SEVERAL)
-            self.read_at, self._share, self._several = None, 1.0, False
+            self.read_at, self._several = None, False
 
     def spread(self, e: Tensor, number: int) -> Tensor:
         """Return the error that goes up, for the error at y, ``(batch, positions, n)``; on the last stage.
 
-        Where the loss reads one position of y alone, as a classifier does, there is one error for a sample: the sum
-        over positions, which goes to every position that is no padding. An identity then shares it out among them. Else
-        the error goes up as it is.
+        Where the loss reads one position of y alone, as a classifier does, every position that is no padding gets a
+        share besides (``Pairing``).
 
         Args:
             e: dLoss/dy of one micro-batch.
@@ -116,21 +113,11 @@ class StageFeedback:
         """
         if not self.settled and bool(e.any()):  # by the first error that is one; a host-device sync
             self.read_at, self.settled = read_position(e), True
-            if self.read_at is not None and self._identity:
-                self._share = 1 / self._positions(e.shape[1])
         elif self.read_at is not None and self._batches & (self._batches - 1) == 0:  # tasks may come by turns
             self._several = self._several or reads_several(e)
         if self.read_at is None:
             return e
-        whole = (self._share * e.sum(1, keepdim=True)).expand_as(e)
-        padding = self._padding[number]
-        return (whole if padding is None else whole * padding.to(e)[..., None]).contiguous()
-
-    def _positions(self, longest: int) -> float:
-        """Return how many positions of this batch are no padding, in the mean over samples."""
-        there = [padding for padding in self._padding if padding is not None]
-        whole = torch.cat(there) if there and len(there) == len(self._padding) else None
-        return mean_length(whole, 0 if whole is None else len(whole), longest)
+        return Pairing(spread=True, padding=self._padding[number]).align(e, e.shape[1])
 
     def deltas(
         self, points: Sequence[int], arrived: Tensor, e: Tensor, dtype: torch.dtype | None = None
@@ -175,16 +162,13 @@ class StageFeedback:
     def save(self, path: Path, places: Places) -> None:
         """Write the matrices of all stages as one process would; to be called by all."""
         self.settle()
-        share = places.from_last(self._share)
         maps = {} if self.maps is None else dict(zip(self.maps.points, self.maps.maps.G, strict=True))
         parts = places.gathered(
-            ({p: self._dense(b, share).cpu() for p, b in self.B.items()}, {p: g.cpu() for p, g in maps.items()})
+            ({p: self._dense(b).cpu() for p, b in self.B.items()}, {p: g.cpu() for p, g in maps.items()})
         )
         if parts is not None:
             B, G = ({p: t for part in parts for p, t in part[which].items()} for which in (0, 1))
             whole = self._whole([B[point] for point in self.names], [G[point] for point in self.names if point in G])
-            if whole.maps is not None:
-                whole.maps.G[-1] = whole.maps.G[-1] * share
             whole.save(path, list(self.names.values()))
 
     def load(self, path: Path, read_at: str | None, settled: bool) -> None:
@@ -202,16 +186,15 @@ class StageFeedback:
             self.maps.maps.G = [G[point].to(self.device) for point in self.maps.points]
             self.B = {point: B[point] for point in self.B}
             self.maps.above = None if self.maps.above is None else B[self.maps.end]
-        self.read_at, self.settled, self._share = read_at, settled, 1.0
-        self._identity = False  # what positions share is in the matrices by now
+        self.read_at, self.settled = read_at, settled
 
     @staticmethod
     def _whole(B: list[Tensor], G: list[Tensor]) -> Feedback:
         """The matrices as one process has them."""
         return Feedback(B, maps=chained(G) if G else None)
 
-    def _dense(self, b: Matrix, share: float) -> Tensor:
-        return share * (torch.eye(self.width, dtype=self.dtype) if isinstance(b, str) else b)
+    def _dense(self, b: Matrix) -> Tensor:
+        return torch.eye(self.width, dtype=self.dtype) if isinstance(b, str) else b
 
 
 def stage_feedback(

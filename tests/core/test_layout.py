@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grape_hf.core.layout import Layout, align_positions
+from grape_hf.core.layout import Layout, Pairing, align_positions
 
 SHAPES = [(2, 3), (2, 4, 3), (2, 3, 8, 6)]
 VOLUME = (2, 3, 4, 8, 6)
@@ -64,3 +64,14 @@ def test_errors_are_summed_where_positions_differ():
     e = torch.randn(2, 4, 3)
     assert align_positions(e, 4) is e
     assert torch.equal(align_positions(e, 9), e.sum(1, keepdim=True))
+
+
+def test_an_error_at_one_position_goes_to_the_others_as_a_mean_over_what_is_no_padding():
+    e = torch.zeros(2, 4, 3)
+    e[:, 1] = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    padding = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    sent = Pairing(spread=True, padding=padding).align(e, 4)
+    assert torch.equal(sent[0], torch.stack([e[0, 1] / 2, 1.5 * e[0, 1], 0 * e[0, 1], 0 * e[0, 1]]))
+    assert torch.equal(sent[1], torch.stack([e[1, 1] / 4, 1.25 * e[1, 1], e[1, 1] / 4, e[1, 1] / 4]))
+    assert torch.equal(Pairing(spread=True).align(e, 4)[0, 0], e[0, 1] / 4)
+    assert torch.equal(Pairing(spread=True).align(e[:, :1], 4), e[:, :1])  # logits of a sample

@@ -22,9 +22,9 @@ def sent(found: StageFeedback, e: Tensor) -> Tensor:
 def test_a_task_that_reads_all_positions_is_noticed_behind_one_that_reads_one(caplog):
     """In batches 1, 2, 4 and so on; its errors go up as they are from the next batch on."""
     found = feedback()
-    torch.testing.assert_close(sent(found, ONE), ALL / 6)  # an identity shares it out
+    torch.testing.assert_close(sent(found, ONE), ONE + ALL / 6)  # all positions get the mean besides
     assert found.read_at == "first"
-    torch.testing.assert_close(sent(found, ALL), ALL)  # the second batch: six errors, summed and shared out
+    torch.testing.assert_close(sent(found, ALL), 2 * ALL)  # the second batch: an error and the mean of six
     assert "several positions of a sample" not in caplog.text
     assert sent(found, ONE) is ONE
     assert found.read_at is None
