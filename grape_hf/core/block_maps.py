@@ -65,6 +65,9 @@ class BlockMaps:
         sources: for each boundary the one behind the next block, whose delta the map takes; None where it takes e
             itself: at the last boundary, and where the next has other positions.
 
+    Attributes:
+        whole: whether all positions are looked at, as where most of an error is at one of them.
+
     Raises:
         ValueError: if the sizes of two neighbours do not go together.
     """
@@ -78,7 +81,7 @@ class BlockMaps:
                     f"got one of shape {tuple(self.G[index].shape)}."
                 )
         self.sums: dict[int, MapSums] = {}
-        self.turn = 0
+        self.turn, self.whole = 0, False
         self._seen: list[tuple[int, list[Tensor]]] = []  # what was observed, and is not yet in the sums
 
     def product(self, above: Tensor | None = None) -> list[Tensor]:
@@ -113,7 +116,7 @@ class BlockMaps:
 
         A copy where these are not all: the others need not be kept.
         """
-        stride = min(_EVERY, max(1, vectors.shape[1] // _ENOUGH))
+        stride = 1 if self.whole else min(_EVERY, max(1, vectors.shape[1] // _ENOUGH))
         return vectors if stride == 1 else vectors[:, self.turn % stride :: stride].clone()
 
     def observe(self, index: int, v: Tensor, d: Tensor, predicted: Tensor) -> None:

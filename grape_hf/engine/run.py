@@ -1,8 +1,7 @@
 """What GrAPE remembers during one training run, and what it does in one optimiser step.
 
-It ties the numerical modules together, and knows no Trainer. An optimiser step is: ``begin_step``; for each micro-batch
-forward and backward inside ``step()``, and ``estimate`` where one is due; ``finish_step``, which refines the feedback
-for the next step.
+It ties the numerical modules together, and knows no Trainer. A step is: ``begin_step``; ``step()`` around each
+micro-batch, and ``estimate`` where one is due; ``finish_step``, which refines the feedback for the next step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -147,6 +146,7 @@ class GrapeRun:
         self.estimates.begin()
         self.measures.begin()
         if self.maps is not None:
+            self.maps.whole = self.boundaries.spread and self.boundaries.read_at is not None
             self.maps.begin(step // (self.options.jvp_steps or 1))
         if self.rule is not None:
             self.rule.begin()

@@ -5,9 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import arguments
 from problems import transformer
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
+from grape_hf import GrapeTrainer
 from grape_hf.core.block_maps import BlockMaps, map_sources
 from grape_hf.core.blocks import find_blocks
 from grape_hf.core.boundaries import Boundaries
@@ -219,3 +222,23 @@ def test_the_alignment_is_the_cosine_of_what_was_predicted():
     maps.observe(0, v, d, predicted)
     expected = F.cosine_similarity(v.flatten(), predicted.flatten(), dim=0)
     torch.testing.assert_close(maps.alignment(maps.total(list))[0], expected)
+
+
+def test_all_positions_are_looked_at_where_an_error_is_at_one(tmp_path):
+    """Of long samples a map looks at one position in four, among which that one may not be."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30, hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    rows = [{"input_ids": torch.randint(1, 30, (96,)), "labels": i % 2} for i in range(8)]
+    of_tokens = [row | {"labels": torch.randint(2, (96,))} for row in rows]
+    for kind, data, whole in (
+        (BertForSequenceClassification, rows, True),
+        (BertForTokenClassification, of_tokens, False),
+    ):
+        trainer = GrapeTrainer(kind(config), arguments(tmp_path, max_steps=2), train_dataset=data)
+        trainer.train()
+        maps = trainer._run.maps
+        assert maps.whole is whole
+        assert maps.sampled(torch.zeros(2, 96, 8)).shape[1] == (96 if whole else 24)
