@@ -25,7 +25,7 @@ class ExactJacobians:
     """
 
     def __init__(self, model: nn.Module, boundaries: Boundaries, forward: Callable[[], object]) -> None:
-        self.pooled, self.read_at = boundaries.pooled, boundaries.read_at
+        self.pooled, self.read_at = boundaries.pooled, None if boundaries.spread else boundaries.read_at
         vectors, seen = boundaries.layout.vectors, list[Tensor]()
 
         def keep(index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
