@@ -57,11 +57,11 @@ def describe_stages(make: Callable[[str], tuple[nn.Module, Batch]], options: Gra
     }
     lines.append("Estimated time of a batch, as a share of one process's; no transfers, equal speed")
     for what, method in methods.items():
-        lines.append(f"  {what:<36} {_time(costs, cuts, method, options.pipeline_microbatches):5.2f}")
+        lines.append(f"  {what:<36} {_time(costs, cuts, method, options.pipeline_microbatches):6.3f}")
     split = ",".join(str(b - a) for a, b in pairwise(best))
     faster = _time(costs, best, "1f1b", options.pipeline_microbatches)
     if faster < 0.995 * _time(costs, cuts, "1f1b", options.pipeline_microbatches):
-        lines.append(f"  {f'backpropagation, --pipeline_split {split}':<36} {faster:5.2f}")
+        lines.append(f"  {f'backpropagation, --pipeline_split {split}':<36} {faster:6.3f}")
     return "\n".join(lines)
 
 

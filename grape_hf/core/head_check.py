@@ -43,20 +43,21 @@ class HeadCheck:
         if self._by_y is None or len(self._by_y) != len(e):
             return
         there, reached = self._positions(e), self._positions(self._by_y)
-        for row in (there.any(1) & ~reached.any(1).to(there.device)).nonzero().flatten()[:1]:
+        for row in (there.any(1) & ~reached.any(1).to(there.device)).nonzero().flatten()[:1].tolist():
             # A head may send a sample nothing, as where no unit of a ReLU is on. Does this row send to another?
-            if self._alone(y, last, e, row[None]).any():
+            if self._reached_by(row, slice(None), y, last, e).any():
                 raise RuntimeError(
-                    f"row {int(row)} of the head's output was made of another sample than sample {int(row)}. A head "
+                    f"row {row} of the head's output was made of another sample than sample {row}. A head "
                     "that runs on chosen tokens alone has rows of its own, and their errors would go to other samples. "
                     'Use feedback_space="hidden".'
                 )
         if self._paired and there.shape == reached.shape and there.shape[1] > 1:
-            for row, position in there.nonzero()[:1]:
-                found = self._alone(y, last, e, row[None], position)[row]
-                if found.any() and int(found.count_nonzero()) > int(found[position]):
+            for row, position in there.nonzero()[:1].tolist():
+                found = self._reached_by(row, position, y, last, e)[row]
+                found[position] = False
+                if found.any():
                     raise RuntimeError(
-                        f"position {int(position)} of the head's output was made of other positions of the last "
+                        f"position {position} of the head's output was made of other positions of the last "
                         'block\'s, and errors would be paired by position. Use feedback_space="hidden".'
                     )
 
@@ -64,14 +65,12 @@ class HeadCheck:
         """Return where a gradient is not zero, ``(batch, positions)``."""
         return self._layout.vectors(gradient).ne(0).any(-1)
 
-    def _alone(self, y: Tensor, last: Tensor, e: Tensor, row: Tensor, position: Tensor | None = None) -> Tensor:
+    def _reached_by(self, row: int, position: int | slice, y: Tensor, last: Tensor, e: Tensor) -> Tensor:
         """Return where one row of e, or one position of it, arrives, ``(batch, positions)``."""
         vectors = self._layout.vectors(e)
-        kept = vectors[row]
-        if position is not None:
-            kept = torch.zeros_like(kept).index_copy_(1, position[None], kept[:, position[None]])
-        alone = self._layout.restore(torch.zeros_like(vectors).index_copy_(0, row, kept), e.shape)
-        (found,) = torch.autograd.grad(y, last, alone, retain_graph=True)
+        alone = torch.zeros_like(vectors)
+        alone[row, position] = vectors[row, position]
+        (found,) = torch.autograd.grad(y, last, self._layout.restore(alone, e.shape), retain_graph=True)
         return self._positions(found)
 
     def arrived(self, gradient: Tensor) -> None:

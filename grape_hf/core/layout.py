@@ -136,10 +136,8 @@ class Pairing:
         e = align_positions(e, positions, self.pooled)
         if not self.spread or e.shape[1] == 1:
             return e
-        known = self.padding is not None and self.padding.shape == e.shape[:2]
-        there = (self.padding != 0).to(e) if self.padding is not None and known else e.new_ones(e.shape[:2])
-        share = there / there.sum(1, keepdim=True).clamp(min=1)  # (batch, positions)
-        return e + share[..., None] * e.sum(1, keepdim=True)
+        there = self.unpadded(e.new_ones(*e.shape[:2], 1))
+        return e + there / there.sum(1, keepdim=True).clamp(min=1) * e.sum(1, keepdim=True)
 
     def padded(self, padding: Tensor | None) -> "Pairing":
         """Return the pairing with this padding."""

@@ -79,7 +79,7 @@ class FirstError:
 
     def changes(self, boundaries: Boundaries, feedback: Feedback, step: int) -> bool:
         """Pair errors by what was seen, from the next step on, and return whether that is new; all ranks call it."""
-        if self._shared is None:  # nothing has been learned yet
+        if self._shared is None and not boundaries.spread:  # nothing has been learned yet
             self._shared = [b.shape[0] == b.shape[1] and is_identity(b / b[0, 0]) for b in feedback.learned]
         if not self.taken:
             return self._take(boundaries, feedback)
@@ -92,21 +92,19 @@ class FirstError:
             return False
         logger.warning(READS_SEVERAL)
         boundaries.read_at = None
-        matrices = feedback.learned
-        sources = [None] * len(matrices) if feedback.maps is None else feedback.maps.sources
-        whole = [
-            torch.eye(len(b), dtype=b.dtype, device=b.device) if shared and source is None else b
-            for b, shared, source in zip(matrices, self._shared, sources, strict=True)
-        ]
         self._forget(feedback)
-        if not boundaries.spread:
+        if self._shared is not None:
+            whole = [
+                torch.eye(len(b), dtype=b.dtype, device=b.device) if shared and takes_e else b
+                for b, shared, takes_e in zip(feedback.learned, self._shared, _take_e(feedback), strict=True)
+            ]
             feedback.put(self.ranks.first(whole))
         return True
 
     def _forget(self, feedback: Feedback) -> None:
         """Leave out what maps that take e have seen in this step: it was of other pairs."""
         if feedback.maps is not None:
-            for index in (i for i, source in enumerate(feedback.maps.sources) if source is None):
+            for index in (i for i, takes_e in enumerate(_take_e(feedback)) if takes_e):
                 feedback.maps.sums.pop(index, None)
 
     def _take(self, boundaries: Boundaries, feedback: Feedback) -> bool:
@@ -121,13 +119,12 @@ class FirstError:
         if found is None or boundaries.read_at is not None:
             return False
         boundaries.read_at = found
-        matrices = feedback.learned
-        starts = [is_identity(b) for b in matrices]
-        if feedback.maps is not None:  # of maps only one that takes e is of other pairs now
-            starts = [start and s is None for start, s in zip(starts, feedback.maps.sources, strict=True)]
-            self._forget(feedback)
-        shared = [b / self._positions if start else b for b, start in zip(matrices, starts, strict=True)]
+        self._forget(feedback)
         if not boundaries.spread:  # else most of the error stays where it arose
+            shared = [
+                b / self._positions if takes_e and is_identity(b) else b
+                for b, takes_e in zip(feedback.learned, _take_e(feedback), strict=True)
+            ]
             feedback.put(self.ranks.first(shared))
         return True
 
@@ -147,6 +144,12 @@ class FirstError:
             return read_at
         seen: list[ReadAt | None] = [None, "first", "last"]
         return seen[int(self.ranks.first([number_for_ranks(seen.index(read_at), device)])[0])]
+
+
+def _take_e(feedback: Feedback) -> list[bool]:
+    """Return which matrices are paired with e: of maps those alone that have no other source."""
+    maps = feedback.maps
+    return [True] * len(feedback.learned) if maps is None else [source is None for source in maps.sources]
 
 
 def reads_several(e: Tensor) -> bool:

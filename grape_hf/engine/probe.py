@@ -195,8 +195,8 @@ class Look(Watcher):
             boundaries.calls.masks.learn(boundaries.blocks[0], boundaries.layout.tokens(at_h).ne(0).any(-1))
         pooled = self.logits is not None and self.logits.ndim == 2
         of_tokens = not pooled and any(t.ndim > 1 and positions in t.shape[1:] for t in self.labels)
-        told = at_y is not None and not of_tokens and self.tells_loss  # else the first error tells
-        boundaries.read_at = read_position(boundaries.layout.vectors(at_y)) if at_y is not None and told else None
+        told = self.tells_loss and not of_tokens  # else the first error tells
+        boundaries.read_at = read_position(boundaries.layout.vectors(at_y)) if told and at_y is not None else None
 
     def _take_gradients(self, at: list[Tensor | None], positions: int) -> list[Tensor | None]:
         found: list[Tensor | None] = [None] * len(at)

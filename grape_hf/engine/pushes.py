@@ -18,7 +18,10 @@ good costs the push and nothing else: the next save pushes everything that is mi
 
 import logging
 import shlex
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -29,6 +32,20 @@ if TYPE_CHECKING:
     from transformers import Trainer as _Base  # a mixin's methods may call what the Trainer beside it has
 else:
     _Base = object
+
+
+@contextmanager
+def in_one_piece(path: Path) -> Iterator[Path]:
+    """Hand out a file to write, which takes the place of ``path`` at the end, and only if it differs.
+
+    A push in the background may be reading that, and would fail. No push uploads a name like that of the file to write.
+    """
+    part = path.with_name(f"_{path.name}")
+    yield part
+    if path.is_file() and path.read_bytes() == part.read_bytes():
+        part.unlink()
+    else:
+        part.replace(path)
 
 
 class HubToken(str):

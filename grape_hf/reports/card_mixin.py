@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grape_hf.engine.pushes import PushMixin
+from grape_hf.engine.pushes import PushMixin, in_one_piece
 from grape_hf.training_args import GrapeArgumentsMixin
 
 
@@ -50,9 +50,8 @@ class CardMixin(PushMixin):
             named["tags"] = [tags] if isinstance(tags, str) else list(tags)  # the stock card puts its own into the list
         super().create_model_card(**named)
         if self.state.global_step and self.is_world_process_zero():
-            part = Path(self.args.output_dir) / "_README.md"  # in one piece: a push in the background may be reading it
-            render_card(record_of(self, named), compared).save(part)
-            part.replace(part.with_name("README.md"))
+            with in_one_piece(Path(self.args.output_dir) / "README.md") as part:
+                render_card(record_of(self, named), compared).save(part)
 
     def _write_card_to_push(self) -> None:
         # Of a model without a configuration the stock Trainer makes no card, and uploads it without.

@@ -6,7 +6,6 @@ Colour-blind readers can tell the colours apart, and lines differ in style as we
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,6 +19,7 @@ try:
 except ImportError as error:
     raise ImportError("Plots need matplotlib: pip install '.[plot]' in a checkout of grape_hf.") from error
 
+from grape_hf.engine.pushes import in_one_piece
 from grape_hf.reports.log_names import PREFIX
 
 History = Sequence[Mapping[str, Any]]
@@ -272,11 +272,6 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
 def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = BytesIO()
-    figure.savefig(picture, dpi=150, format=path.suffix[1:] or "png")
-    # In one piece and only if it differs: a push in the background may be reading it, and would fail.
-    if not path.is_file() or path.read_bytes() != picture.getvalue():
-        part = path.with_name(f"_{path.name}")  # which no push uploads
-        part.write_bytes(picture.getvalue())
-        part.replace(path)
+    with in_one_piece(path) as part:
+        figure.savefig(part, dpi=150, format=path.suffix[1:] or "png")
     return path
