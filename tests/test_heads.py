@@ -359,6 +359,17 @@ def test_an_identity_to_learn_from_estimates_is_shared_by_positions_that_are_no_
     torch.testing.assert_close(trainer.feedback[0], torch.eye(16) / 2.5)
 
 
+@pytest.mark.parametrize("scope", ["network", "block"])
+def test_so_it_is_where_the_model_returns_its_loss(scope, tmp_path):
+    model, _, data = vit(40)
+    options = {"feedback_rule": "lms", "jvp_scope": scope, "feedback_lr": 0.0, "max_steps": 1}
+    trainer = GrapeTrainer(model, arguments(tmp_path, **STEP | options), train_dataset=data)
+    trainer.train()
+    assert trainer._run.boundaries.read_at == "first"
+    for b in trainer.feedback:
+        torch.testing.assert_close(b, torch.eye(16) / 5)
+
+
 @pytest.mark.parametrize("sweeps", [0, 1])
 def test_what_a_map_saw_of_the_first_error_is_not_learned(sweeps, tmp_path):
     """It was paired with e of its own position, where all positions get the mean besides from now on."""

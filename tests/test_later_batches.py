@@ -137,7 +137,11 @@ class Tasks(nn.Module):
 
 
 @pytest.mark.parametrize("first", [1, 2, 4], ids=lambda n: f"{n} of the first batches are of sentences")
-@pytest.mark.parametrize("options", [{"method": "dfa", "feedback_init": "identity"}, {}], ids=["identity", "maps"])
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "dfa", "feedback_init": "identity"}, {}, {"feedback_rule": "lms"}],
+    ids=["identity", "maps", "estimates"],
+)
 def test_a_task_that_reads_all_positions_behind_one_that_reads_the_first(
     first: int, options: Any, tmp_path: Path, caplog
 ):
