@@ -7,7 +7,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
         "feedback_points": 0,
         "feedback_space": "auto",
-        "feedback_sharing": "auto",
+        "feedback_sharing": "position",
         "feedback_init": "auto",
         "feedback_rule": "local",
         "feedback_path": "matrix",
@@ -45,21 +45,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "calibration_refit": False,
     },
 }
-# One point in the middle, as more of them cost accuracy on ResNet-20; B_l from zero, with the Jacobian's own size, as
-# columns of unit length are far too long for networks without norms (recipes/studies/LOG.md).
+# Feedback by matrices alone, learned from estimates or from backwards, is no better on convolutions than a lower half
+# that is left at random. With one sweep it is, and best with few points (recipes/studies/LOG.md).
 PRESETS["convnet"] = PRESETS["recommended"] | {
-    "feedback_points": 1,
+    "feedback_points": 3,
+    "feedback_space": "hidden",
     "feedback_init": "zero",
-    "feedback_rule": "lms",
-    "feedback_lr": 0.3,
-    "jvp_fraction": 1.0,
-    "jvp_steps": 4,
+    "feedback_sweeps": 1,
 }
-# Where blocks have shortcut connections that is no better than no feedback at all. Down the shortcut path the lower
-# blocks learn; one sweep, and maps of what the path leaves out, bring it near to backpropagation (LOG.md).
+# Where blocks have shortcut connections the error takes them, and maps are of what the path leaves out.
 PRESETS["resnet"] = PRESETS["recommended"] | {
     "feedback_space": "hidden",
-    "feedback_sharing": "position",
     "feedback_path": "shortcut",
     "feedback_sweeps": 1,
 }
@@ -77,6 +73,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
         **_BY_MATRIX,
         "feedback_points": 0,
         "feedback_space": "logits",
+        "feedback_sharing": "auto",
         "feedback_init": "zero",
         "feedback_rule": "ema",
         "feedback_lr": 1e-4,
@@ -92,6 +89,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
         **_BY_MATRIX,
         "feedback_points": 0,
         "feedback_space": "logits",
+        "feedback_sharing": "auto",
         "feedback_init": "gaussian",
         "feedback_lr": 1.0,
         "feedback_normalize": False,
@@ -115,27 +113,30 @@ _OF_ITS_KIND = (
 ESTIMATING = ("grape", "fdfa")
 
 
-def filled(given: Mapping[str, Any], convolutional: bool = False, shortcuts: bool = False) -> dict[str, Any]:
+def filled(
+    given: Mapping[str, Any], convolutional: bool = False, shortcuts: bool = False, graphs: bool = True
+) -> dict[str, Any]:
     """Return all options, with values for those that are None.
 
     Args:
         given: every option by its name.
         convolutional: whether the blocks of the model have convolutions.
-        shortcuts: whether they have shortcut connections that may be used.
+        shortcuts: whether they have shortcut connections.
+        graphs: whether a block's graph can be used before its backward, as paths and sweeps need it.
     """
-    found = dict(given)
-    if found["grape_preset"] == "auto":
-        resnet = shortcuts and given["method"] == "grape" and not _goes_without_paths(given)
+    found, auto = dict(given), given["grape_preset"] == "auto"
+    if auto:
+        resnet = shortcuts and graphs and given["method"] == "grape" and not _goes_without_paths(given)
         found["grape_preset"] = ("resnet" if resnet else "convnet") if convolutional else "recommended"
     implied = PRESETS[found["grape_preset"]] | METHOD_OPTIONS.get(given["method"], {})
+    if auto and not graphs:
+        implied["feedback_sweeps"] = 0
     if given["method"] == "dfa" and (given["feedback_path"] or implied["feedback_path"]) == "shortcut":
         implied["feedback_init"] = "zero"  # of what is added to the path
-    if implied["feedback_rule"] in ("local", "lms"):
+    if implied["feedback_rule"] == "local":
         asked = {name: given[name] for name in _OF_ESTIMATES if given[name] not in (None, False)}
         if asked and asked != {"jvp_mode": "auto"}:
             implied["feedback_rule"] = "lms"
-        elif given["method"] == "grape" and given["feedback_path"] == "shortcut":
-            implied["feedback_rule"] = "local"
     if given["method"] == "grape" and found["grape_preset"] != "paper":  # a map learns at next to no cost
         implied["jvp_steps"] = 1 if (given["feedback_rule"] or implied["feedback_rule"]) == "local" else 4
     return found | {name: value for name, value in implied.items() if found[name] is None}
@@ -145,4 +146,4 @@ def _goes_without_paths(given: Mapping[str, Any]) -> bool:
     """Whether what is given speaks against the preset `resnet`, where the model has shortcut connections."""
     estimates = any(given[name] not in (None, False) for name in _OF_ESTIMATES)
     other = any(given[name] not in (None, PRESETS["resnet"][name]) for name in _OF_ITS_KIND)
-    return estimates or other or given["feedback_sweeps"] == 0
+    return estimates or other

@@ -92,7 +92,7 @@ class GrapeArgumentsMixin:
         "on the cosine of each column with the estimate's (the paper). Without an estimate: `local`. Each block learns "
         "a map of its own from its own backward, and B_l is the product of the maps above. In place of `local`, a "
         "preset stands for `lms` where you give an option of the estimate: jvp_mode, jvp_scope, jvp_passes, "
-        "jvp_fraction, perturbation_space, or calibration_refit. With feedback_path `shortcut` it stands for `local`.",
+        "jvp_fraction, perturbation_space, or calibration_refit.",
     )
     feedback_path: Literal["matrix", "shortcut"] | None = _option(
         "feedback_path",
@@ -282,19 +282,18 @@ def options_of(args: Any) -> GrapeArgumentsMixin:
     return GrapeArgumentsMixin(**{option.name: getattr(args, option.name) for option in _FIELDS})
 
 
-def resolved(options: GrapeArgumentsMixin, convolutional: bool = False, shortcuts: bool = False) -> GrapeArgumentsMixin:
+def resolved(options: GrapeArgumentsMixin, *blocks: bool) -> GrapeArgumentsMixin:
     """Return a copy of the options in which none is None but ``blocks``, and ``grape_preset`` is not ``auto``.
 
     Args:
         options: GrAPE's options; they stay as they are.
-        convolutional: whether the blocks of the model have convolutions.
-        shortcuts: whether they have shortcut connections that may be used.
+        blocks: what is known of the model's blocks: ``convolutional``, ``shortcuts`` and ``graphs`` of ``filled``.
 
     Raises:
         ValueError: if options contradict each other.
     """
     given = {option.name: getattr(options, option.name) for option in _FIELDS}
-    return GrapeArgumentsMixin(**filled(given, convolutional, shortcuts))
+    return GrapeArgumentsMixin(**filled(given, *blocks))
 
 
 _FIELDS = fields(GrapeArgumentsMixin)

@@ -55,8 +55,9 @@ def test_what_comes_from_the_code_is_up_to_date(document, part):
 def test_the_table_has_every_option_with_its_choices_and_defaults():
     rows = {row.split("`")[1]: row for row in documents.options_table().splitlines()[2:]}
     assert list(rows) == [f.name for f in dataclasses.fields(grape_hf.GrapeArgumentsMixin)]
-    assert "| `lms`, `cosine`, `ema`, `local` | `local`; paper: `cosine`; convnet: `lms` |" in rows["feedback_rule"]
-    assert rows["jvp_steps"].endswith("| whole number | `1`; convnet: `4` | B_l learns every so many optimiser steps |")
+    assert "| `lms`, `cosine`, `ema`, `local` | `local`; paper: `cosine` |" in rows["feedback_rule"]
+    assert "| whole number | `0`; convnet: `3` | How many feedback points there are" in rows["feedback_points"]
+    assert rows["jvp_steps"].endswith("| whole number | `1` | B_l learns every so many optimiser steps |")
     assert "| names | found in the model |" in rows["blocks"]
     assert max(map(len, rows.values())) < 200
 

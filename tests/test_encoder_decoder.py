@@ -17,9 +17,10 @@ from transformers import PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArgumen
 
 from grape_hf import GrapeArgumentsMixin, GrapeMixin
 from grape_hf.core.alignment import delta_products
-from grape_hf.core.blocks import find_blocks, find_encoder
+from grape_hf.core.blocks import find_blocks
 from grape_hf.core.isolation import isolated
 from grape_hf.core.jacobian import JacobianSum, Noise, jacobian_terms
+from grape_hf.core.parts import find_encoder
 from grape_hf.core.refit import exact_pair
 from grape_hf.engine.run import GrapeRun
 from grape_hf.engine.samples import target_mask

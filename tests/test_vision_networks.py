@@ -20,7 +20,8 @@ from transformers import (
     pipeline,
 )
 
-from grape_hf.core.blocks import find_blocks, find_head
+from grape_hf.core.blocks import find_blocks
+from grape_hf.core.parts import find_head
 from grape_hf.vision import image_classifier, loading_note
 from grape_hf.vision.convnets import CifarResNet
 from grape_hf.vision.networks import TAG, default_cfgs

@@ -12,9 +12,10 @@ model that does otherwise.
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 from torch import nn
+
+from grape_hf.core import parts
 
 # A list is taken without asking when it holds this share of the parameters in all lists that could be meant.
 DOMINANT_SHARE = 2 / 3
@@ -68,54 +69,13 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> Chain:
     return found
 
 
-def find_encoder(model: nn.Module) -> nn.Module | None:
-    """Return the encoder of an encoder-decoder, whose blocks see another sequence than y; None for any other model."""
-    stacks = _stacks(model)
-    return stacks[0] if stacks else None
-
-
-def find_head(model: nn.Module) -> nn.Module:
-    """Return the module whose output are the logits, for ``feedback_space="logits"``.
-
-    It is what ``get_output_embeddings()`` returns (language models), else the one that a Hugging Face classifier
-    calls ``classifier``, ``score`` or ``head``, or a timm model names in ``get_classifier()``.
-
-    Raises:
-        ValueError: if the model has no such module.
-    """
-    for candidate in _unwrapped(model):
-        get_output_embeddings = getattr(candidate, "get_output_embeddings", None)
-        get_classifier = getattr(candidate, "get_classifier", None)
-        heads = [get() for get in (get_output_embeddings, get_classifier) if callable(get)]
-        heads += [getattr(candidate, name, None) for name in ("classifier", "score", "lm_head", "head", "fc")]
-        for head in heads:
-            if isinstance(head, nn.Module) and not isinstance(head, nn.Identity):
-                return head
-    raise ValueError(
-        f'feedback_space="logits" needs a module that makes the logits, and {type(model).__name__} has none: '
-        "get_output_embeddings() and get_classifier() return no module, and there is no classifier, score, lm_head, "
-        'head or fc. Use feedback_space="hidden", which measures the error at the output of the last block.'
-    )
-
-
 def _search(model: nn.Module) -> Chain:
-    stacks = _stacks(model)
+    stacks = parts.stacks(model)
     if stacks is None:
         return _search_in(model)
     names = {module: name for name, module in model.named_modules()}
     encoder, decoder = (_search_in(stack, f"{names[stack]}.") for stack in stacks)
     return encoder | decoder
-
-
-def _stacks(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """Encoder and decoder of a model that has both, side by side."""
-    candidate: Any  # get_encoder and get_decoder are transformers'
-    for candidate in _unwrapped(model):
-        if getattr(getattr(candidate, "config", None), "is_encoder_decoder", False) is True:
-            encoder, decoder = candidate.get_encoder(), candidate.get_decoder()
-            nested = encoder in set(decoder.modules()) or decoder in set(encoder.modules())
-            return None if nested else (encoder, decoder)
-    return None
 
 
 def _search_in(model: nn.Module, prefix: str = "") -> Chain:
@@ -132,6 +92,10 @@ def _search_in(model: nn.Module, prefix: str = "") -> Chain:
         if len(longest) > 1:
             _refuse_shared(longest)
             return longest
+        if attributes := next(
+            filter(None, (_attributes(m, _join(name, inner)) for inner, m in model.named_modules())), None
+        ):
+            return attributes
         raise ValueError(
             f"found no blocks in {type(model).__name__}: expected an nn.ModuleList or nn.Sequential whose items the "
             "hidden states run through, one after the other. Name the blocks: "
@@ -201,21 +165,39 @@ def _items(module: nn.Module, name: str) -> Chain:
 
 
 def _inner(item: nn.Module, name: str) -> Chain:
-    """The blocks inside an item that is itself a stage: a list, or a module with one and no shortcut around it."""
+    """The blocks inside an item that is itself a stage: a list, or a module with one and no shortcut around it.
+
+    Layers behind the list join what came around it (CSPNet, HGNet, Swin2SR), other than a step down in size.
+    """
     if isinstance(item, nn.Sequential | nn.ModuleList):
+        if isinstance(item, nn.Sequential) and type(item).forward is not nn.Sequential.forward:  # no chain (RDNet)
+            return {}
         children = {f"{name}.{child}": block for child, block in item.named_children()}
         return _items(item, name) if all(map(_is_block, children.values())) else {}
     lists = [child for child in _LISTS_IN_STAGES if hasattr(item, child)]
     if len(lists) != 1 or hasattr(item, "shortcut"):
         return {}
+    names = [child for child, _ in item.named_children()]
+    behind = [name for name in names[names.index(lists[0]) :][1:] if not name.startswith("down")]
+    if any(isinstance(m, _WEIGHTED) for name in behind for m in getattr(item, name).modules()):
+        return {}
     return _items(getattr(item, lists[0]), f"{name}.{lists[0]}")
 
 
 def _is_stage(module: nn.Module) -> bool:
-    """Whether a module is nothing but blocks of one class, as its attributes (timm's RegNet: ``s1.b1``, ``s1.b2``)."""
-    children = list(module.children())
-    listed = isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict)
-    return not listed and len({type(child) for child in children}) == 1 and all(map(_is_block, children))
+    """Whether a module is nothing but blocks of one class: in numbered attributes (timm's RegNet), or in lists."""
+    children = dict(module.named_children())
+    if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict) or len(set(map(type, children.values()))) != 1:
+        return False
+    numbered = len({name.rstrip("0123456789") for name in children}) == 1 and all(n[-1].isdigit() for n in children)
+    lists = all(isinstance(m, nn.ModuleList | nn.Sequential) and all(map(_is_block, m)) for m in children.values())
+    return (numbered or lists) and all(map(_is_block, children.values()))
+
+
+def _attributes(module: nn.Module, name: str) -> Chain:
+    """The blocks that a module has as its attributes, in their order, if two are of one class (Inception, Xception)."""
+    blocks = {_join(name, child): part for child, part in module.named_children() if _is_block(part)}
+    return blocks if len({type(block) for block in blocks.values()}) < len(blocks) else {}
 
 
 def _units(module: nn.Module, name: str) -> Chain:
@@ -279,13 +261,3 @@ def _named(model: nn.Module, wanted: str) -> tuple[str, nn.Module]:
         f"blocks={wanted!r} {problem} in {type(model).__name__}. Expected the name of a module, as in "
         f"model.named_modules(); lists of blocks in this model: {', '.join(lists) or 'none'}."
     )
-
-
-def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
-    """The model and what it wraps, outermost first (peft's PeftModel, timm's wrapper in transformers)."""
-    yield model
-    for name in ("base_model", "model", "timm_model"):
-        inner = getattr(model, name, None)
-        if isinstance(inner, nn.Module) and inner is not model:
-            yield from _unwrapped(inner)
-            return

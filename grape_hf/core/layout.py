@@ -43,6 +43,10 @@ class Layout:
     cells: int = 4
     channels_first: bool = False
 
+    def shares(self, dimensions: int) -> bool:
+        """Whether all positions of an activation of so many dimensions share one matrix."""
+        return dimensions > 2 and (self.sharing == "position" or (dimensions == 3 and self.sharing != "none"))
+
     def tokens(self, h: Tensor) -> Tensor:
         """Return ``h`` with its positions in front of its channels, where it is of three dimensions."""
         return h.mT if h.ndim == 3 and self.channels_first else h

@@ -227,12 +227,12 @@ class Watcher:
         return any((last, p) in read for p in streams)
 
     def tokens(self, layout: Layout) -> bool:
-        """Whether the last block hands on tokens, which share B_l.
+        """Whether the last block hands on tokens, or positions of a map, which share B_l.
 
         For these the error is best measured there, also where a classifier makes fewer numbers of them: what it reads,
         and by which weights, is in the error then, and need not be learned (LOG.md, 29 November 2026).
         """
-        return self.made[len(self.boundaries)].ndim == 3 and layout.sharing != "none"
+        return layout.shares(self.made[len(self.boundaries)].ndim)
 
     def scattered(self, layout: Layout) -> str:
         """Say how the head's output and the last block's differ in positions; empty if they do not, or it has one."""

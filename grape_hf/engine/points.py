@@ -12,11 +12,12 @@ from typing import Any
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from grape_hf.core.blocks import ends, find_blocks, find_encoder, find_head
+from grape_hf.core.blocks import ends, find_blocks
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError
 from grape_hf.core.calls import Calls
 from grape_hf.core.isolation import is_compiled
 from grape_hf.core.layout import Layout
+from grape_hf.core.parts import find_encoder, find_head
 from grape_hf.core.shortcut import shortcuts_of
 from grape_hf.engine.probe import BatchNotFirstError, Probe, look
 from grape_hf.engine.ranks import is_sharded
@@ -193,7 +194,8 @@ def options_for(model: nn.Module, args: Any) -> GrapeArgumentsMixin:
     """Return GrAPE's options with nothing left open: those not given have the values for this model.
 
     Args:
-        model: the model, whose blocks say what ``grape_preset="auto"`` stands for.
+        model: the model, whose blocks say what ``grape_preset="auto"`` stands for, and how many feedback points of a
+            preset there is room for.
         args: training arguments of any kind, or GrAPE's options; they stay as they are.
 
     Raises:
@@ -201,11 +203,15 @@ def options_for(model: nn.Module, args: Any) -> GrapeArgumentsMixin:
     """
     options = options_of(args)
     # Of other methods the presets' values make no difference, and the model need not have blocks.
-    if options.grape_preset != "auto" or options.method in ("bp", *BASELINES):
+    if options.method in ("bp", *BASELINES):
         return resolved(options)
     blocks = list(find_blocks(model, options.blocks).values())
-    shortcuts = any(map(shortcuts_of, blocks)) and _graphs_can_be_used(model, args)
-    return resolved(options, are_convolutional(blocks), shortcuts)
+    shortcuts = any(map(shortcuts_of, blocks))
+    found = resolved(options, are_convolutional(blocks), shortcuts, _graphs_can_be_used(model, args))
+    if options.feedback_points is None and found.feedback_points:  # a preset's, for which there may be no room
+        stages = options.pipeline_stages
+        found.feedback_points = stages - 1 if stages > 1 else min(found.feedback_points, len(blocks) - 1)
+    return found
 
 
 def _graphs_can_be_used(model: nn.Module, args: Any) -> bool:

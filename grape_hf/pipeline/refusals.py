@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from grape_hf.core.blocks import find_encoder
 from grape_hf.core.isolation import is_compiled
+from grape_hf.core.parts import find_encoder
 from grape_hf.training_args import GrapeArgumentsMixin
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 PREFIX = "grape/"
-# The settings that ``grape_preset="auto"`` has chosen: no figure, and in ``trainer_state.json`` alone.
+# The preset, also if ``auto`` has chosen it: no figure, and in ``trainer_state.json`` alone.
 PRESET = "grape/preset"
 
 

@@ -6,6 +6,7 @@ whatever is logged; with ``disable_tqdm`` there is neither, and no figures are s
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import (
@@ -19,8 +20,8 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 
 from grape_hf.presets import BASELINES
-from grape_hf.reports.log_names import PRESET
-from grape_hf.training_args import GrapeArgumentsMixin, options_of
+from grape_hf.reports.log_names import PRESET, log_names
+from grape_hf.training_args import GrapeArgumentsMixin, options_of, resolved
 
 # What is shown of the log, and what it is called on the bar and in the table. The estimate is made more often.
 _ALIGNMENT = ("grape/alignment/estimate/mean", "grape/alignment/exact/mean")
@@ -41,14 +42,19 @@ class ProgressFigures(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say which settings ``auto`` has chosen, and note it in the log, where a model card finds it later."""
-        given = options_of(args)
-        if given.grape_preset != "auto" or given.method in ("bp", *BASELINES):
+        """Say which settings ``auto`` has chosen, and note the preset in the log, where a model card finds it later.
+
+        Beside its name stand the options that have another value than the preset's for this model.
+        """
+        given, options = options_of(args), self._trainer.grape_options
+        if given.method in ("bp", *BASELINES):
             return
-        options = self._trainer.grape_options
-        if not any(PRESET in entry for entry in state.log_history):  # as in a run that resumes
-            state.log_history.insert(0, {PRESET: options.grape_preset, "step": 0})
-        if state.is_world_process_zero:
+        of_preset = vars(resolved(replace(given, grape_preset=options.grape_preset)))
+        fitted = {name: value for name, value in vars(options).items() if value != of_preset[name]}
+        auto, resumed = given.grape_preset == "auto", any(PRESET in entry for entry in state.log_history)
+        if (auto or fitted) and not resumed:
+            state.log_history.insert(0, {PRESET: options.grape_preset, **log_names(fitted), "step": 0})
+        if auto and state.is_world_process_zero:
             self._show(f"GrAPE: {chosen_preset(options)}")
 
     def _show(self, line: str) -> None:

@@ -7,7 +7,7 @@ are the same. Nothing here asks the network, and a folder is read without making
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +20,9 @@ from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modelcard import TASK_MAPPING, TrainingSummary
 
+from grape_hf.presets import PRESETS
 from grape_hf.reports.figures import best_step, figures, final_results, read_json
-from grape_hf.reports.log_names import PRESET, log_names
+from grape_hf.reports.log_names import PREFIX, PRESET, log_names
 from grape_hf.training_args import GrapeArgumentsMixin, options_of, resolved
 
 # Arguments of TrainingSummary.from_trainer that create_model_card knows too.
@@ -195,11 +196,12 @@ def read_record(folder: str | Path) -> RunRecord:
     )
     summary.license = None if known is None else known.data.get("license")
     results, measured_at = final_results(state.log_history, best_step(state, args))
-    preset = {entry.get(PRESET) for entry in history}
+    chosen: Mapping[str, Any] = next((entry for entry in history if PRESET in entry), {})
+    noted = {"grape_preset": chosen.get(PRESET)} | {name: chosen.get(PREFIX + name) for name in PRESETS["recommended"]}
     return RunRecord(
         folder=folder,
         args=args,
-        options=resolved(options_of(args), bool(preset & {"convnet", "resnet"}), "resnet" in preset),
+        options=resolved(replace(options_of(args), **{k: v for k, v in noted.items() if v is not None})),
         summary=summary,
         card=known or Card(summary.to_model_card()),
         history=history,

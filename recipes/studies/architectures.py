@@ -40,6 +40,8 @@ from grape_hf.engine.run import GrapeRun
 
 FOLDER = Path(__file__).with_suffix("")
 LEARNING_RATE = 3e-3
+# Of maps as they are, an exact Jacobian would have a row for each of their numbers.
+_OPTIONS: dict[str, Any] = {"grape_preset": "recommended", "feedback_sharing": "auto"}
 
 
 def main() -> None:
@@ -78,7 +80,7 @@ def examine(tiny: TinyModel) -> dict[str, Any]:
         )  # transformers attaches hooks of its own in a first forward that returns router logits
     hooks = count_hooks(model)
     try:
-        run = GrapeRun(model, GrapeTrainingArguments(grape_preset="recommended", use_cpu=True, report_to=[]))
+        run = GrapeRun(model, GrapeTrainingArguments(**_OPTIONS, use_cpu=True, report_to=[]))
         row |= {"blocks": len(run.blocks), "first": next(iter(find_blocks(model)))}
         if not run.single_block:
             run.start(lambda: model(**stack(samples)))

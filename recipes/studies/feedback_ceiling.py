@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification
 
 import grape_hf.vision  # noqa: F401  timm finds our networks
-from grape_hf.core.blocks import find_blocks, find_head
+from grape_hf.core.blocks import find_blocks
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.layout import Layout
+from grape_hf.core.parts import find_head
 from grape_hf.core.refit import exact_pair, refit
 from grape_hf.vision.data import Images, mean_and_std
 from grape_hf.vision.sources import Split, load_images

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from grape_hf.core.alignment import delta_alignment, delta_products
-from grape_hf.core.blocks import find_blocks, find_head
+from grape_hf.core.blocks import find_blocks
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.isolation import isolated
+from grape_hf.core.parts import find_head
 from grape_hf.core.refit import refit, refit_moments
 from grape_hf.engine.points import feedback_blocks
 from grape_hf.vision import image_classifier

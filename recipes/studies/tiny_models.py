@@ -284,5 +284,5 @@ MODELS: list[TinyModel] = [
     *_each("timm", "poolformer_s12", "ghostnet_050", gmixer_12_224=_SMALL, xcit_nano_12_p16_224=_SMALL),
     *_each("timm", vit_tiny_patch16_224=_SMALL | dict(depth=BLOCKS, embed_dim=24)),
     *_each("timm", swin_tiny_patch4_window7_224=_SMALL | dict(window_size=4, embed_dim=12)),
-    TinyModel("timm", "cspresnet50", refused="it works on h_3, h_6"),  # its stages split what they pass to their blocks
+    *_each("timm", "cspresnet50", "hgnetv2_b0", "rdnet_tiny"),  # their stages join what came around their blocks
 ]

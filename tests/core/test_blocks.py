@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import timm
 import torch
 from helpers import arguments
 from peft import LoraConfig, get_peft_model
@@ -17,7 +18,8 @@ from transformers import (
 )
 
 from grape_hf import GrapeTrainer
-from grape_hf.core.blocks import find_blocks, find_head
+from grape_hf.core.blocks import find_blocks
+from grape_hf.core.parts import find_head
 from grape_hf.engine.points import feedback_blocks
 
 TINY = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=99)
@@ -143,6 +145,34 @@ def test_a_transformers_model_with_a_list_of_lists():
     config = FunnelConfig(block_sizes=[1, 2], num_decoder_layers=1, d_model=16, n_head=2, d_inner=32, vocab_size=99)
     model = FunnelForSequenceClassification(config)
     assert list(find_blocks(model)) == [f"funnel.encoder.blocks.{place}" for place in ("0.0", "1.0", "1.1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # What stands behind the blocks of a stage joins their output with what came around them.
+        ("cspresnet50", [f"stages.{i}" for i in range(4)]),
+        (
+            "hgnetv2_b0",
+            [f"stages.{place}" for place in ("0.blocks.0", "1.blocks.0", "2.blocks.0", "2.blocks.1", "3.blocks.0")],
+        ),
+        ("crossvit_tiny_240", [f"blocks.{i}" for i in range(3)]),
+        # A step down in size behind them joins nothing.
+        ("fasternet_t0", ["stages.0.blocks.0", *(f"stages.1.blocks.{i}" for i in range(2)), "stages.2.blocks.0"]),
+        # A Sequential with a forward of its own is no chain.
+        ("rdnet_tiny", ["dense_stages.0.0", *(f"dense_stages.{i}" for i in range(1, 7))]),
+        # Attributes of one class are blocks, numbered ones a stage's, and parallel branches neither.
+        (
+            "inception_v3",
+            ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "Mixed_5b"],
+        ),
+        ("regnetx_002", ["s1.b1", "s2.b1", "s3.b1", "s3.b2"]),
+    ],
+)
+def test_stages_of_timm(name, expected):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=2)
+    assert list(find_blocks(model))[: len(expected)] == expected
 
 
 def test_looking_changes_nothing():

@@ -66,7 +66,7 @@ def test_auto_stands_for_what_the_blocks_are(name: str, tmp_path: Path):
     [{"torch_compile": True}, {"pipeline_stages": 2}, {"fsdp": True}, {}],
     ids=["compiled", "stages", "fsdp", "fsdp-of-accelerate"],
 )
-def test_paths_are_left_alone_where_graphs_cannot_be_looked_into(
+def test_paths_and_sweeps_are_left_alone_where_graphs_cannot_be_looked_into(
     given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     if not given:
@@ -74,7 +74,10 @@ def test_paths_are_left_alone_where_graphs_cannot_be_looked_into(
     args = arguments(tmp_path, grape_preset="auto")
     for name, value in given.items():
         setattr(args, name, value)
-    assert options_for(MODELS["cifar"][0](), args).grape_preset == "convnet"
+    options = options_for(MODELS["cifar"][0](), args)
+    assert (options.grape_preset, options.feedback_path, options.feedback_sweeps) == ("convnet", "matrix", 0)
+    args.feedback_sweeps = 1  # asked for, and refused by whoever starts such a training
+    assert options_for(MODELS["cifar"][0](), args).feedback_sweeps == 1
 
 
 def test_a_residual_network_trains_down_its_shortcuts_by_default(tmp_path: Path):
@@ -113,6 +116,27 @@ def test_a_residual_network_trains_down_its_shortcuts_by_default(tmp_path: Path)
         if name.endswith("conv1.weight"):
             assert not torch.equal(p, r), name
     assert by_default.state.log_history[0]["grape/preset"] == "resnet"
+
+
+def test_positions_of_maps_share_a_matrix_by_default(tmp_path: Path):
+    """A Swin of 224 x 224 images, whose first maps have 75,264 numbers: no matrix is of such a size."""
+    sizes = dict(depths=(1, 1, 2, 1), embed_dim=24, num_heads=(1, 2, 4, 8))
+    rows = [{"pixel_values": torch.randn(3, 224, 224), "labels": i} for i in range(4)]
+    args = arguments(tmp_path, grape_preset="auto", max_steps=2, per_device_train_batch_size=4)
+    trainer = GrapeTrainer(timm_model("swin_tiny_patch4_window7_224", **sizes), args, train_dataset=rows)
+    trainer.train()
+    assert trainer.grape_options.grape_preset == "recommended"
+    assert [tuple(B.shape) for B in trainer.feedback] == [(n, 192) for n in (48, 96, 96, 192)]
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize(("blocks", "points"), [(2, 1), (3, 2), (5, 3)])
+def test_a_presets_points_are_as_many_as_there_is_room_for(blocks: int, points: int, tmp_path: Path):
+    stack = nn.Sequential(nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(blocks))))
+    for preset in ("auto", "convnet"):
+        assert options_for(stack, arguments(tmp_path, grape_preset=preset)).feedback_points == points
+    given = arguments(tmp_path, grape_preset="convnet", feedback_points=9)
+    assert options_for(stack, given).feedback_points == 9  # refused by FeedbackPoints, with how many there may be
 
 
 class Shaped(nn.Linear):

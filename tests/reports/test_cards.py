@@ -484,10 +484,25 @@ def test_settings_that_auto_chose_from_memory_and_from_the_folder_alone(tmp_path
     line = "Method `grape`, preset `convnet`, which `auto` chose by the model's blocks; what differs"
     written = (tmp_path / "README.md").read_text()
     assert line in written
-    assert "| `jvp_steps` | `2` | `4` |" in written
-    assert "| `feedback_points` |" not in written
+    assert "| `jvp_steps` | `2` | `1` |" in written
+    points = "| `feedback_points` | `2` | `3` |"  # between three blocks there is room for two
+    assert points in written
+    assert "| `feedback_sweeps` |" not in written
     (tmp_path / "README.md").unlink()
     assert line in write_card(tmp_path).read_text()
+    assert points in write_card(tmp_path).read_text()
+
+
+def test_what_auto_has_changed_of_a_preset_is_known_from_the_folder_alone(tmp_path: Path):
+    """Compiled blocks cannot be swept, so that `auto` leaves the sweep of `convnet` out."""
+    images = [{"pixel_values": torch.rand(1, 28, 28), "labels": torch.tensor(i % 2)} for i in range(8)]
+    args = arguments(tmp_path, max_steps=1, grape_preset="auto", torch_compile=True, torch_compile_backend="eager")
+    trainer = GrapeTrainer(model=image_classifier("mnist_cnn", ["even", "odd"]), args=args, train_dataset=images)
+    assert trainer.grape_options.feedback_sweeps == 0
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    assert "| `feedback_sweeps` | `0` | `1` |" in write_card(tmp_path).read_text()
 
 
 @pytest.mark.parametrize(("start", "name"), [(None, "random"), ("identity", "identity"), ("zero", "zero")])
