@@ -96,7 +96,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gaussian": {"feedback_init": "gaussian"},
     "sweep": {"feedback_sweeps": 1},
     "path": {"feedback_path": "shortcut"},
-    "lms": {"feedback_rule": "lms"},
+    "lms": {"feedback_rule": "lms", "jvp_mode": "dual"},  # differences would round otherwise in the two
     "block": {"feedback_rule": "lms", "jvp_scope": "block"},
     "paper": {"grape_preset": "paper", "calibration_strategy": "no"},
     "none": {"feedback_sharing": "none"},

@@ -415,8 +415,9 @@ def test_a_checkpoint_brings_back_the_feedback(tmp_path):
 
 
 def test_a_shortcut_start_is_a_mean_over_samples(tmp_path):
-    options = dict(max_steps=1, per_device_train_batch_size=8, feedback_init="identity", method="dfa")
-    trainer = GrapeTrainer(classifier("resnet20_cifar"), arguments(tmp_path, **options), train_dataset=samples(16))
+    options = dict(per_device_train_batch_size=8, feedback_init="identity", method="dfa", feedback_sharing="none")
+    args = arguments(tmp_path, max_steps=1, **options)
+    trainer = GrapeTrainer(classifier("resnet20_cifar"), args, train_dataset=samples(16))
     trainer.train()
     model, rows = classifier("resnet20_cifar"), samples(16)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(42)).tolist()
@@ -431,9 +432,8 @@ def test_a_shortcut_start_is_a_mean_over_samples(tmp_path):
 def test_matrices_above_the_limit_are_refused_before_training(tmp_path):
     model = classifier("resnet20_cifar")
     before = [p.detach().clone() for p in model.parameters()]
-    trainer = GrapeTrainer(
-        model, arguments(tmp_path, feedback_size_limit=1e-4, feedback_rule="lms"), train_dataset=samples(32)
-    )
+    options = {"feedback_size_limit": 1e-4, "feedback_rule": "lms", "feedback_sharing": "none"}
+    trainer = GrapeTrainer(model, arguments(tmp_path, **options), train_dataset=samples(32))
     with pytest.raises(ValueError, match=r"GiB, more than feedback_size_limit=0.0001.*16,384 x 3.*feedback_sharing"):
         trainer.train()
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
