@@ -3,10 +3,10 @@
 In a Transformer they are the items of the one ``nn.ModuleList`` that the hidden states run through
 (``transformer.h``, ``model.layers``, ``gpt_neox.layers``). Vision models have stages, lists in one another or one after
 the other (``layer1`` .. ``layer4``, ``stages.0.blocks``): they are joined to one chain. A plain stack of convolutions
-(VGG) is cut before each of them. An encoder-decoder's are those of its encoder, then those of its decoder. This module
-answers which modules and in what order; it changes nothing and runs nothing. Whether the blocks really run once each,
-in that order, and each on the output of the one before, is seen at the first forward (``probe.py``), which refuses a
-model that does otherwise.
+(VGG) is cut before each of them. Without a list they are attributes of one class. An encoder-decoder's are those of its
+encoder, then those of its decoder. This module answers which modules and in what order; it changes nothing and runs
+nothing. Whether the blocks really run once each, in that order, and each on the output of the one before, is seen at
+the first forward (``probe.py``), which refuses a model that does otherwise.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from grape_hf.core import parts
+from grape_hf.core.parts import stacks
 
 # A list is taken without asking when it holds this share of the parameters in all lists that could be meant.
 DOMINANT_SHARE = 2 / 3
@@ -70,11 +70,11 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> Chain:
 
 
 def _search(model: nn.Module) -> Chain:
-    stacks = parts.stacks(model)
-    if stacks is None:
+    both = stacks(model)
+    if both is None:
         return _search_in(model)
     names = {module: name for name, module in model.named_modules()}
-    encoder, decoder = (_search_in(stack, f"{names[stack]}.") for stack in stacks)
+    encoder, decoder = (_search_in(stack, f"{names[stack]}.") for stack in both)
     return encoder | decoder
 
 
@@ -92,10 +92,9 @@ def _search_in(model: nn.Module, prefix: str = "") -> Chain:
         if len(longest) > 1:
             _refuse_shared(longest)
             return longest
-        if attributes := next(
-            filter(None, (_attributes(m, _join(name, inner)) for inner, m in model.named_modules())), None
-        ):
-            return attributes
+        for inner, module in model.named_modules():  # the outermost first
+            if blocks := _attributes(module, _join(name, inner)):
+                return blocks
         raise ValueError(
             f"found no blocks in {type(model).__name__}: expected an nn.ModuleList or nn.Sequential whose items the "
             "hidden states run through, one after the other. Name the blocks: "
@@ -174,14 +173,14 @@ def _inner(item: nn.Module, name: str) -> Chain:
             return {}
         children = {f"{name}.{child}": block for child, block in item.named_children()}
         return _items(item, name) if all(map(_is_block, children.values())) else {}
-    lists = [child for child in _LISTS_IN_STAGES if hasattr(item, child)]
+    parts = list(item.named_children())
+    lists = [place for place, (child, _) in enumerate(parts) if child in _LISTS_IN_STAGES]
     if len(lists) != 1 or hasattr(item, "shortcut"):
         return {}
-    names = [child for child, _ in item.named_children()]
-    behind = [name for name in names[names.index(lists[0]) :][1:] if not name.startswith("down")]
-    if any(isinstance(m, _WEIGHTED) for name in behind for m in getattr(item, name).modules()):
+    (child, listed), *behind = parts[lists[0] :]
+    if any(isinstance(m, _WEIGHTED) for other, part in behind if not other.startswith("down") for m in part.modules()):
         return {}
-    return _items(getattr(item, lists[0]), f"{name}.{lists[0]}")
+    return _items(listed, f"{name}.{child}")
 
 
 def _is_stage(module: nn.Module) -> bool:
@@ -195,7 +194,7 @@ def _is_stage(module: nn.Module) -> bool:
 
 
 def _attributes(module: nn.Module, name: str) -> Chain:
-    """The blocks that a module has as its attributes, in their order, if two are of one class (Inception, Xception)."""
+    """The blocks that a module has as its attributes, in their order, if two are of one class (Inception)."""
     blocks = {_join(name, child): part for child, part in module.named_children() if _is_block(part)}
     return blocks if len({type(block) for block in blocks.values()}) < len(blocks) else {}
 

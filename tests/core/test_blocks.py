@@ -174,6 +174,15 @@ def test_stages_of_timm(name, expected):
     assert list(find_blocks(model))[: len(expected)] == expected
 
 
+@pytest.mark.parametrize("name", ["layers", "blocks"])
+def test_a_number_of_layers_is_no_list(name):
+    """A block may count its layers under the name that lists of blocks have."""
+    model = nn.ModuleDict({"stages": nn.ModuleList([Residual() for _ in range(3)])})
+    for block in model.stages:
+        setattr(block, name, 2)
+    assert list(find_blocks(model)) == [f"stages.{i}" for i in range(3)]
+
+
 def test_looking_changes_nothing():
     model = tiny("gpt2")
     before = {name: value.clone() for name, value in model.state_dict().items()}
