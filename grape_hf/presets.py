@@ -66,14 +66,12 @@ _OF_ESTIMATES = ("jvp_mode", "jvp_scope", "jvp_passes", "jvp_fraction", "perturb
 # Methods without a star, a class each (``grape_hf/methods``).
 BASELINES = ("fa", "forward_gradient", "pepita")
 _BY_MATRIX = {"feedback_path": "matrix", "feedback_sweeps": 0}
+_OF_LOGITS = _BY_MATRIX | {"feedback_points": 0, "feedback_space": "logits", "feedback_sharing": "auto"}
 # What a method implies; it wins over the preset, and a value given wins over both.
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "dfa": {"feedback_init": "gaussian", **_BY_MATRIX},
     "fdfa": {
-        **_BY_MATRIX,
-        "feedback_points": 0,
-        "feedback_space": "logits",
-        "feedback_sharing": "auto",
+        **_OF_LOGITS,
         "feedback_init": "zero",
         "feedback_rule": "ema",
         "feedback_lr": 1e-4,
@@ -86,10 +84,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
         "calibration_strategy": "no",
     },
     "dkp": {
-        **_BY_MATRIX,
-        "feedback_points": 0,
-        "feedback_space": "logits",
-        "feedback_sharing": "auto",
+        **_OF_LOGITS,
         "feedback_init": "gaussian",
         "feedback_lr": 1.0,
         "feedback_normalize": False,

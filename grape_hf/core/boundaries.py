@@ -139,7 +139,7 @@ class Boundaries:
                 "each. Resize it before train(), or call train() again, which makes feedback for what is there."
             )
         otherwise = 'use feedback_sharing="position"'
-        if h.ndim == 3 and self.layout.sharing != "none":  # positions share B_l already
+        if self.layout.shares(h.ndim):  # positions share B_l already
             otherwise = "have the blocks hand on (batch, positions, channels)"
         raise ValueError(
             f"feedback_sharing={self.layout.sharing!r} makes B_{index + 1} for samples of one size: expected "

@@ -77,9 +77,7 @@ class Starts:
             return shortcut_feedback(self.model, boundaries, forward, self.names, chain)
         generator = torch.Generator().manual_seed(seed)
         inits = [of_encoder or init if index in pooled else init for index in range(total)]
-        # Of one error for all positions each has its share on the shortcut path.
-        shared = boundaries.read_at is not None and not boundaries.spread and init == "identity"
-        share = 1 / shapes.positions if shared else 1
+        share = _share(boundaries, shapes, init)
         return [
             share
             * initial_feedback(
@@ -133,8 +131,8 @@ class Starts:
                     '"auto", which takes the identity where it fits.'
                 )
             start = initial_feedback(init, n_l, n, generator, dtype)
-            one = sources[index] is None and boundaries.read_at is not None and not boundaries.spread
-            G.append((start / shapes.positions if one and init == "identity" else start).to(h.device))
+            share = _share(boundaries, shapes, init) if sources[index] is None else 1.0
+            G.append((share * start).to(h.device))
         return BlockMaps(G, sources)
 
     def _refuse_scope(self, boundaries: Boundaries, shapes: Probe) -> None:
@@ -184,3 +182,9 @@ class Starts:
             'measure the error where it has fewer numbers (feedback_space="logits" for few classes), or raise the '
             "limit."
         )
+
+
+def _share(boundaries: Boundaries, shapes: Probe, init: str) -> float:
+    """Return what each position has, on the shortcut path, of one error for all of them."""
+    one = boundaries.read_at is not None and not boundaries.spread
+    return 1 / shapes.positions if one and init == "identity" else 1.0
