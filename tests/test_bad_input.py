@@ -37,10 +37,19 @@ def untrained(trainer: Trainer, problem: Problem) -> None:
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
+
+
 class NoBlocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.first, self.second = Product(), Product()
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         y = self.second(torch.tanh(self.first(x)))
@@ -60,7 +69,7 @@ BARE = Problem("no-blocks", NoBlocks, MLP.draw)
 
 
 def test_no_blocks(tmp_path):
-    with refusal("found no blocks in NoBlocks", "expected an nn.ModuleList", "GrapeTrainingArguments(blocks="):
+    with refusal("found no blocks in NoBlocks", "expected modules that", "GrapeTrainingArguments(blocks="):
         make_trainer(BARE, tmp_path)
 
 

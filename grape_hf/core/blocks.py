@@ -1,12 +1,13 @@
 """Find a model's blocks f_1 .. f_L, the modules between which the feedback points h_1 .. h_{L-1} lie.
 
-In a Transformer they are the items of the one ``nn.ModuleList`` that the hidden states run through
-(``transformer.h``, ``model.layers``, ``gpt_neox.layers``). Vision models have stages, lists in one another or one after
-the other (``layer1`` .. ``layer4``, ``stages.0.blocks``): they are joined to one chain. A plain stack of convolutions
-(VGG) is cut before each of them. Without a list they are attributes of one class. An encoder-decoder's are those of its
-encoder, then those of its decoder. This module answers which modules and in what order; it changes nothing and runs
-nothing. Whether the blocks really run once each, in that order, and each on the output of the one before, is seen at
-the first forward (``probe.py``), which refuses a model that does otherwise.
+In a Transformer they are the items of the one ``nn.ModuleList`` that the hidden states run through (``transformer.h``,
+``model.layers``, ``gpt_neox.layers``). Vision models have stages, lists in one another or one after the other
+(``layer1`` .. ``layer4``, ``stages.0.blocks``): they are joined to one chain. A plain stack of convolutions (VGG) is
+cut before each of them. Without a list they are attributes: modules of one class, or else single layers that hold most
+of the parameters. An encoder-decoder's are those of its encoder, then those of its decoder. This module answers which
+modules and in what order; it changes nothing and runs nothing. Whether the blocks really run once each, in that order,
+and each on the output of the one before, is seen at the first forward (``probe.py``), which refuses a model that does
+otherwise.
 """
 
 from collections import Counter
@@ -95,12 +96,16 @@ def _search_in(model: nn.Module, prefix: str = "") -> Chain:
         for inner, module in model.named_modules():  # the outermost first
             if blocks := _attributes(module, _join(name, inner)):
                 return blocks
+        for inner, module in model.named_modules():
+            layers = _layers(module, _join(name, inner))
+            if len(layers) > 1 and _size(layers) >= DOMINANT_SHARE * sum(p.numel() for p in model.parameters()):
+                return layers
         raise ValueError(
-            f"found no blocks in {type(model).__name__}: expected an nn.ModuleList or nn.Sequential whose items the "
-            "hidden states run through, one after the other. Name the blocks: "
+            f"found no blocks in {type(model).__name__}: expected modules that the hidden states run through one after "
+            "the other, in an nn.ModuleList or nn.Sequential or as attributes. Name the blocks: "
             'GrapeTrainingArguments(blocks="first_name,second_name").'
         )
-    sizes = [sum(p.numel() for block in chain.values() for p in block.parameters()) for chain in candidates]
+    sizes = [_size(chain) for chain in candidates]
     largest = max(range(len(sizes)), key=sizes.__getitem__)
     if sizes[largest] < DOMINANT_SHARE * sum(sizes):
         listed = ", ".join(_describe(chain) for chain in candidates)
@@ -199,6 +204,11 @@ def _attributes(module: nn.Module, name: str) -> Chain:
     return blocks if len({type(block) for block in blocks.values()}) < len(blocks) else {}
 
 
+def _layers(module: nn.Module, name: str) -> Chain:
+    """The layers that a module has as its attributes, in their order (``conv1``, ``conv2``, ``fc1``, ``fc2``)."""
+    return {_join(name, child): part for child, part in module.named_children() if isinstance(part, _WEIGHTED)}
+
+
 def _units(module: nn.Module, name: str) -> Chain:
     """A plain stack, cut before each convolution or linear layer; empty if the module holds anything composite."""
     # named_children() leaves out what stands there again.
@@ -206,18 +216,20 @@ def _units(module: nn.Module, name: str) -> Chain:
     if not isinstance(module, nn.Sequential) or any(any(True for _ in part.children()) for _, part in children):
         return {}
     weighted = [i for i, (_, child) in enumerate(children) if isinstance(child, _WEIGHTED)]
-    cuts = [0, *weighted[1:], len(children)]
     if len(weighted) < 2:
         return {}
-    return {
-        _join(name, children[end - 1][0]): Unit(*(child for _, child in children[start:end]))
-        for start, end in pairwise(cuts)
-    }
+    times = Counter(child for _, child in children)
+    units: Chain = {}
+    for start, end in pairwise([0, *weighted[1:], len(children)]):
+        # A unit ends before what stands at other places too (one ReLU for all), whose hooks could not tell which.
+        last = max((i for i in range(start, end) if times[children[i][1]] == 1), default=end - 1)
+        units[_join(name, children[last][0])] = Unit(*(child for _, child in children[start : last + 1]))
+    return units
 
 
 def _refuse_shared(chain: Chain) -> None:
-    """Raise ValueError if one module is a part of several units of a plain stack: its hooks could not tell which."""
-    parts = Counter(part for block in chain.values() if isinstance(block, Unit) for part in set(block))
+    """Raise ValueError if one module is an end of several units of a plain stack: its hooks could not tell which."""
+    parts = Counter(part for block in chain.values() if isinstance(block, Unit) for part in set(ends(block)))
     if shared := [type(part).__name__ for part, times in parts.items() if times > 1]:
         raise ValueError(
             f"one {shared[0]} stands at several places of a plain stack: expected a module of its own at each place "
@@ -230,7 +242,11 @@ def _join(name: str, child: str) -> str:
     return f"{name}.{child}" if name and child else name or child
 
 
-_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase)
+
+
+def _size(chain: Chain) -> int:
+    return sum(p.numel() for block in chain.values() for p in block.parameters())
 
 
 def _describe(chain: Chain) -> str:

@@ -119,10 +119,11 @@ class Look(Watcher):
                 "activations cannot get direct feedback: name others with the option `blocks`."
             )
         if h and (any(len(t) != len(y) for t in h) or (not boundaries.hidden and _is_turned(h[-1], y))):
+            way = 'use feedback_space="hidden"; else name others' if not boundaries.hidden else "name those alone"
             raise BatchNotFirstError(
                 f"expected the batch as the first dimension of every block's output, as it is at y ({len(y)}), found "
                 f"{sorted({len(t) for t in h})}. Where blocks have the batch elsewhere (batch_first=False) or fold "
-                'positions into it, use feedback_space="hidden"; else name others with the option `blocks`.'
+                f"positions into it, {way} with the option `blocks`."
             )
         boundaries.copied, boundaries.parts, boundaries.places = self.copied, dict(self.parts), dict(self.places)
         boundaries.repeated = dict(self.repeated)
@@ -226,8 +227,8 @@ class Look(Watcher):
                 raise self.error
             raise RuntimeError(
                 f"expected blocks 1 to {total} to run once each and in order, saw them run in the order "
-                f"{[index + 1 for index in self.order]}. Direct feedback needs a chain of blocks: name others with the "
-                'option `blocks`. With several forwards for one head use feedback_space="hidden".'
+                f"{[index + 1 for index in self.order]}. Direct feedback needs a chain of blocks: name others, or these"
+                ' in order, with the option `blocks`. With several forwards for a head use feedback_space="hidden".'
             )
         for index in range(1, total):
             self._check(index, self.inputs[index])

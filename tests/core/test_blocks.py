@@ -1,11 +1,14 @@
 """Which modules are the blocks."""
 
+import copy
 import re
+from typing import Any
 
 import pytest
 import timm
 import torch
-from helpers import arguments
+import torch.nn.functional as F
+from helpers import arguments, assert_same
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -15,6 +18,8 @@ from transformers import (
     BertForSequenceClassification,
     FunnelConfig,
     FunnelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
 )
 
 from grape_hf import GrapeTrainer
@@ -228,14 +233,133 @@ def test_what_stands_before_the_first_weights_of_a_plain_stack_belongs_to_its_fi
     ]
 
 
-def test_one_activation_at_several_places_of_a_plain_stack_is_refused():
-    activation = nn.ReLU()
-    stack = nn.Sequential(nn.Linear(4, 4), activation, nn.Linear(4, 4), activation, nn.Linear(4, 2))
+def test_a_unit_ends_before_what_stands_at_other_places_too():
+    """One ReLU for all is common, and its hooks could not tell at which place it runs."""
+    relu = nn.ReLU()
+    stack = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), relu, nn.MaxPool2d(2), relu),
+        *(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), relu, relu),
+        *(nn.Conv2d(4, 4, 3), relu, nn.Flatten(), nn.Linear(4, 2)),
+    )
+    for model, blocks, prefix in (
+        (stack, None, ""),
+        (nn.Sequential(stack), None, "0."),
+        (nn.Sequential(stack), "0", "0."),
+    ):
+        units = find_blocks(model, blocks)
+        assert list(units) == [f"{prefix}{place}" for place in (2, 5, 10, 11)]
+        assert [len(unit) for unit in units.values()] == [3, 2, 3, 1]
+
+
+def test_one_layer_with_weights_at_several_places_of_a_plain_stack_is_refused():
+    shared = nn.Linear(4, 4)
+    stack = nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU(), nn.Linear(4, 2))
     for blocks in (None, "0"):
-        with pytest.raises(ValueError, match="one ReLU stands at several places of a plain stack"):
+        with pytest.raises(ValueError, match="one Linear stands at several places of a plain stack"):
             find_blocks(nn.Sequential(stack), blocks)
-    inside = nn.Sequential(nn.Linear(4, 4), activation, activation, nn.Linear(4, 2))
-    assert list(find_blocks(nn.Sequential(inside), "0")) == ["0.2", "0.3"]
+
+
+@pytest.mark.parametrize(
+    "shared", [nn.ReLU(), nn.ReLU(inplace=True), nn.BatchNorm2d(4)], ids=["relu", "inplace", "norm"]
+)
+def test_a_plain_stack_with_one_module_at_several_places_trains(shared, tmp_path):
+    """With as many sweeps as points it is backpropagation."""
+    rows = [{"x": torch.randn(3, 6, 6), "labels": i % 2} for i in range(8)]
+    after = []
+    options: dict[str, Any]
+    for trainer, options in ((Trainer, {}), (GrapeTrainer, {"feedback_sweeps": 3, "feedback_points": 3})):
+        torch.manual_seed(0)
+        module = copy.deepcopy(shared)
+        convolutions = [nn.Conv2d(n, 4, 3, padding=1) for n in (3, 4, 4)]
+        layers = [layer for convolution in convolutions for layer in (convolution, module)]
+        model = PlainStack(nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 2)))
+        kind = {} if trainer is GrapeTrainer else {"kind": TrainingArguments}
+        args = arguments(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", **kind, **options)
+        trainer(model, args, train_dataset=rows).train()
+        after.append(model.state_dict())
+    assert_same(after[1], after[0], rtol=1e-5, atol=1e-6)
+
+
+class Layers(nn.Module):
+    """The network of many tutorials: layers are attributes, what is between them is in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm, self.conv2 = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 8, 3)
+        self.fc1, self.fc2 = nn.Linear(32, 16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.norm(self.conv1(x))), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lower, self.upper, self.readout = (
+            nn.LSTM(196, 6, batch_first=True),
+            nn.GRU(6, 6, batch_first=True),
+            nn.Linear(6, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, _ = self.lower(x.flatten(2))  # (batch, steps, pixels)
+        h, _ = self.upper(h)
+        return self.readout(h[:, -1])
+
+
+@pytest.mark.parametrize(
+    ("net", "blocks"),
+    [(Layers, ["conv1", "conv2", "fc1", "fc2"]), (Recurrent, ["lower", "upper", "readout"])],
+)
+def test_layers_that_are_attributes_are_blocks(net, blocks, tmp_path):
+    """With as many sweeps as points they are backpropagation."""
+    assert list(find_blocks(PlainStack(net()))) == [f"net.{name}" for name in blocks]
+    rows = [{"x": torch.randn(3, 14, 14), "labels": i % 2} for i in range(8)]
+    after = []
+    options: dict[str, Any]
+    for trainer, options in ((Trainer, {}), (GrapeTrainer, {"feedback_sweeps": 3})):
+        torch.manual_seed(0)
+        model = PlainStack(net())
+        kind = {} if trainer is GrapeTrainer else {"kind": TrainingArguments}
+        args = arguments(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", **kind, **options)
+        trainer(model, args, train_dataset=rows).train()
+        after.append(model.state_dict())
+    assert_same(after[1], after[0], rtol=1e-5, atol=1e-6)
+
+
+class SequenceFirst(Recurrent):
+    def forward(self, x: Tensor) -> Tensor:
+        self.lower.batch_first = self.upper.batch_first = False
+        h, _ = self.lower(x.flatten(2).movedim(1, 0))  # (steps, batch, pixels)
+        h, _ = self.upper(h)
+        return self.readout(h[-1])
+
+
+def test_where_the_batch_is_not_first_blocks_of_one_layout_are_asked_for(tmp_path):
+    rows = [{"x": torch.randn(3, 14, 14), "labels": i % 2} for i in range(8)]
+    args = arguments(tmp_path, max_steps=1, feedback_space="hidden")
+    with pytest.raises(RuntimeError, match=r"at y \(4\), found \[3, 4\].*name those alone with the option `blocks`"):
+        GrapeTrainer(PlainStack(SequenceFirst()), args, train_dataset=rows).train()
+    args = arguments(tmp_path, max_steps=1, blocks="net.lower,net.upper")
+    GrapeTrainer(PlainStack(SequenceFirst()), args, train_dataset=rows).train()
+
+
+def test_layers_above_the_rest_of_a_network_are_not_taken_for_all_of_it():
+    model = PlainStack(Layers())
+    model.net.body = nn.Bilinear(40, 40, 40)
+    with pytest.raises(ValueError, match="found no blocks"):
+        find_blocks(model)
+
+
+class PlainStack(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(self.net(x), labels)}
 
 
 def test_a_dict_that_is_named_stands_for_its_items():
