@@ -144,11 +144,18 @@ def on_features(share: float) -> Loss:
     return loss
 
 
+@pytest.mark.parametrize("path", ["matrix", "shortcut"])
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_features_that_only_the_loss_finds(share, tmp_path):
-    """With the cross entropy beside it only the first step tells, by comparing what y sends with all that arrives."""
-    assert_refused(tmp_path, kept, CLASSIFIED, on_features(share), "beside the head", feedback_space="logits")
-    assert_backpropagation(tmp_path, kept, CLASSIFIED, on_features(share), feedback_space="hidden")
+def test_features_that_only_the_loss_finds(share, path, tmp_path):
+    """With the cross entropy beside it only the first step tells, by comparing what y sends with all that arrives.
+
+    The way down the shortcut path leads by the same node, before the step's own backward does.
+    """
+    options = {"feedback_path": path}
+    assert_refused(
+        tmp_path, kept, CLASSIFIED, on_features(share), "beside the head", feedback_space="logits", **options
+    )
+    assert_backpropagation(tmp_path, kept, CLASSIFIED, on_features(share), feedback_space="hidden", **options)
 
 
 def test_a_last_output_that_is_changed_in_place_in_front_of_the_head(tmp_path):

@@ -6,6 +6,7 @@ import random
 import threading
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,110 @@ def test_what_is_shared_with_others_is_changed_back_in_place():
     assert model.history is history == []
     assert model.state is held
     assert not held.any()
+
+
+GATHERED: list[Tensor] = []
+COUNTED = 0
+
+
+class Gatherer:
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+        self.calls = 0
+
+    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.found.append(output)
+        self.calls += 1
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.keep(module, args, output)
+
+
+def keep_global(module: nn.Module, args: Any, output: Tensor) -> None:
+    global COUNTED
+    COUNTED += 1
+    for feature in [output]:
+        GATHERED.append(feature)
+
+
+def gathering(way: str, model: nn.Module) -> tuple[list[Tensor], Any]:
+    """Put hooks on the blocks, or what else gathers, in one of the usual ways; return the list and the counter."""
+    gatherer, found, calls = Gatherer(), [], 0
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        found.append(output)
+
+    def keep_in(into: list[Tensor], module: nn.Module, args: Any, output: Tensor) -> None:
+        into.append(output)
+
+    hooks = {
+        "global": (keep_global, GATHERED, lambda: COUNTED),
+        "closure": (keep, found, lambda: calls),
+        "lambda": (lambda *a: found.append(a[2]), found, lambda: 0),
+        "partial": (partial(keep_in, found), found, lambda: 0),
+        "method": (gatherer.keep, gatherer.found, lambda: gatherer.calls),
+        "object": (gatherer, gatherer.found, lambda: gatherer.calls),
+    }
+    if way == "forward":
+        for block in model.blocks:
+
+            def forward(x: Tensor, stock: Any = block.forward, block: nn.Module = block) -> Tensor:
+                y = stock(x)
+                keep(block, x, y)
+                return y
+
+            block.forward = forward
+        return found, lambda: calls
+    hook, into, counter = hooks[way]
+    for block in model.blocks:
+        block.register_forward_hook(hook)
+    return into, counter
+
+
+def matching(kind: type[Trainer], found: list[Tensor], numbers: list[int]) -> type[Trainer]:
+    class Matching(kind):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            found.clear()
+            loss = model(**inputs)
+            numbers.append(len(found))
+            return loss + sum(feature.square().mean() for feature in found)
+
+    return Matching
+
+
+@pytest.mark.parametrize("way", ["global", "closure", "lambda", "partial", "method", "object", "forward"])
+def test_what_a_user_s_hooks_gather_is_of_the_step_alone(way, tmp_path):
+    """Feature matching: the loss reads a list that it has emptied in front of the model's forward."""
+    rows = [{"x": x} for x in torch.randn(16, 4, generator=torch.Generator().manual_seed(0))]
+    seen = []
+    for kind, options in ((Trainer, {}), (GrapeTrainer, EVERYTHING), (GrapeTrainer, {"feedback_sweeps": 1})):
+        torch.manual_seed(0)
+        model = Hooked()
+        found, counter = gathering(way, model)
+        before = counter()
+        numbers: list[int] = []
+        more = dict(max_steps=3, label_names=[], remove_unused_columns=False) | options
+        args = arguments(tmp_path, **({} if kind is GrapeTrainer else {"kind": TrainingArguments}), **more)
+        trainer = matching(kind, found, numbers)(model, args, train_dataset=rows)
+        trainer.train()
+        first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        seen.append((numbers, counter() - before, first))
+    assert seen[0][0] == [3] * 3
+    assert seen[0][1] in (0, 9)
+    assert seen[1] == seen[2] == seen[0]
+
+
+class Hooked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = encoder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
 
 
 class Careless(nn.Module):

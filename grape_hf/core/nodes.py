@@ -64,7 +64,7 @@ class Receive(torch.autograd.Function):
     @_undifferentiated
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         """Return delta_l; nothing while a sweep comes by."""
-        if ctx.star.sweeping:
+        if ctx.star.aside:
             return (None,) * 7
         delta = ctx.star.delta(ctx.index, ctx.B, ctx.h_shape, ctx.pairing.padded(ctx.padding))
         return delta.to(ctx.device, ctx.dtype), ctx.before, None, None, None, None, None
@@ -109,7 +109,7 @@ class Through(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient as it came."""
         star = ctx.star
-        if star.lesson is not None and star.e is not None and not star.sweeping:
+        if star.lesson is not None and star.e is not None and not star.aside:
             star.lesson.passed(ctx.index, delta, ctx.pairing.padded(ctx.padding), star.e)
         return delta, None, None, None, None
 

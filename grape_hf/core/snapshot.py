@@ -2,14 +2,17 @@
 
 Beside parameters and buffers a module has plain attributes: a counter of an annealed loss, a state that is carried from
 batch to batch, a list of figures, a generator of its own. They are compared by identity and put back in place, so that
-whoever else holds such a list or tensor sees it as it was. Modules, classes and functions are not looked into.
+whoever else holds such a list or tensor sees it as it was. Modules, classes and functions are not looked into, but for
+what runs in a forward beside a library's code: a user's hooks and ``forward``. The variables that these name, and the
+lists behind them, are put back as well: a hook may gather features for the loss in a list that is no module's.
 """
 
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,6 +40,7 @@ class Snapshot:
         self._hooks: list[tuple[dict[Any, Any], tuple[Any, ...]]] = []
         self._undo: list[Callable[[], object]] = []
         self._seen: set[int] = set()
+        self._code: set[tuple[int, int]] = set()  # objects, and functions of theirs
         self._held: list[Any] = []  # so that no other object comes to have the same id
         for module in model.modules():
             self._seen.add(id(module))
@@ -45,6 +49,8 @@ class Snapshot:
             self._note_mapping(attributes, depth=0)
             for name in ("_buffers", "_modules", "_parameters"):
                 self._mappings.append((attributes[name], dict(attributes[name])))
+            if isinstance(forward := getattr(type(module), "forward", None), FunctionType):
+                self._note_code(MethodType(forward, module))
         for value in also:
             self._note(value, depth=0)
 
@@ -66,8 +72,50 @@ class Snapshot:
                 continue
             if str(name).startswith("_") and "_hooks" in str(name) and isinstance(value, dict):
                 self._hooks.append((value, tuple(value)))
+                for hook in value.values():
+                    self._note_code(hook)
+            elif isinstance(value, (*CODE, partial)):
+                self._note_code(value)
             else:
                 self._note(value, depth)
+
+    def _note_code(self, code: Any) -> None:
+        """Note the variables that a user's function names: global ones, those around it, and its object's."""
+        if isinstance(code, partial):
+            for value in (code.func, *code.args, *code.keywords.values()):
+                self._note_variable(value)
+            return
+        owner = None
+        if not isinstance(code, FunctionType):  # a method, or an object that is called
+            owner = getattr(code, "__self__", code)
+            code = getattr(code, "__func__", type(code).__call__)
+        if not isinstance(code, FunctionType) or _library(code.__module__) in {*LIBRARIES, "grape_hf"}:
+            return
+        of = type(owner) if isinstance(owner, nn.Module) else owner  # what modules have is noted already
+        if (id(of), id(code)) in self._code:
+            return
+        self._code.add((id(of), id(code)))
+        self._held.append((of, code))
+        for cell in code.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                self._undo.append(partial(setattr, cell, "cell_contents", cell.cell_contents))
+                self._note_variable(cell.cell_contents)
+        names = _names(code.__code__)
+        for scope in (code.__globals__, getattr(of, "__dict__", {}) if of is owner else {}):
+            named = {name: scope[name] for name in names if name in scope}
+            self._undo.append(partial(_put_back, scope, named, extra=True))
+            for value in named.values():
+                self._note_variable(value)
+        methods = [getattr(type(owner), name, None) for name in names] if owner is not None else []
+        for method in methods:
+            if isinstance(method, FunctionType):
+                self._note_code(MethodType(method, owner))
+
+    def _note_variable(self, value: Any) -> None:
+        if isinstance(value, (*CODE, partial)):
+            self._note_code(value)
+        else:
+            self._note(value, DEEPEST)
 
     def _note(self, value: Any, depth: int) -> None:
         if isinstance(value, (*PLAIN, *CODE, nn.Module, nn.Parameter)) or id(value) in self._seen:
@@ -106,20 +154,31 @@ class Snapshot:
         elif isinstance(value, np.random.Generator):
             bits, position = value.bit_generator, value.bit_generator.state
             self._undo.append(lambda: setattr(bits, "state", position))
-        elif depth < DEEPEST and isinstance(getattr(value, "__dict__", None), dict) and not _of_library(value):
+        elif (
+            depth < DEEPEST
+            and isinstance(getattr(value, "__dict__", None), dict)
+            and _library(type(value).__module__) not in LIBRARIES
+        ):
             self._note_mapping(vars(value), depth + 1)
 
 
-def _put_back(attributes: dict[Any, Any], before: dict[Any, Any]) -> None:
-    for name in [name for name in attributes if name not in before]:
+def _put_back(attributes: dict[Any, Any], before: dict[Any, Any], extra: bool = False) -> None:
+    """Put values back; with ``extra`` what else is there stays."""
+    for name in [name for name in attributes if name not in before and not extra]:
         del attributes[name]
     for name, value in before.items():
         if name not in attributes or attributes[name] is not value:
             attributes[name] = value
 
 
-def _of_library(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] in LIBRARIES
+def _library(module: str | None) -> str:
+    return (module or "").partition(".")[0]
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names of attributes and global variables in a function, and in those inside it."""
+    inner = (_names(part) for part in code.co_consts if isinstance(part, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def _remember(value: set[Any], members: set[Any]) -> None:

@@ -109,8 +109,8 @@ class Star:
         y: the output with its graph, kept for sweeps, paths and the head's check.
         head: what is seen of a head whose output is y.
         over: whether no backward of this forward can come any more.
-        sweeping: whether a sweep is under way. Its backward comes by the nodes of arms that lie below, which then
-            receive nothing.
+        aside: whether backwards are under way that are none of the step's: of sweeps, paths and the head's check. They
+            come by nodes of the star, which then do nothing.
         dtype: in which products with matrices are computed: autocast's, as for the blocks' own; None for that of e.
     """
 
@@ -128,7 +128,7 @@ class Star:
         self.arms: dict[int, Arm] = {}
         self.y: Tensor | None = None
         self.head: HeadCheck | None = None
-        self.sweeping = self.over = False
+        self.aside = self.over = False
         self.dtype: torch.dtype | None = None
         self._rounded: Tensor | None = None  # e in that dtype
         self._ready: dict[int, Tensor] = {}
@@ -141,19 +141,19 @@ class Star:
                 "feedback_sweeps and feedback_path need the graphs of all blocks."
             )
         self.e, self._rounded = e, None
-        if self.head is not None:
-            with self._aside():
+        with self._aside():
+            if self.head is not None:
                 self.head.send(self.y, e)
-        if self.arms:
-            deltas = self._down_the_path(e) if self.path else self._by_matrices()
-            self._ready = self._sweep(deltas, e)
+            if self.arms:
+                deltas = self._down_the_path(e) if self.path else self._by_matrices()
+                self._ready = self._sweep(deltas, e)
 
     def check_last(self, gradient: Tensor) -> None:
         """Raise RuntimeError if the gradient at h_L does not all come by way of y, by which alone e is found.
 
         Of a head that was not called at all ``Boundaries.broadcast`` tells.
         """
-        if self.head is not None and self.site is not None and not self.sweeping:
+        if self.head is not None and self.site is not None and not self.aside:
             self.head.arrived(gradient)
 
     def forget(self) -> None:
@@ -230,8 +230,7 @@ class Star:
             lesson = self.lesson if number == 0 and self.lesson is not None and self.lesson.by_sweep else None
             # From the deltas before they are corrected, which are what the maps have made.
             made = {i: lesson.delta(d, self.arms[i].pairing) for i, d in deltas.items()} if lesson else {}
-            with self._aside():
-                exact = torch.autograd.grad(outputs, inputs, errors, retain_graph=True, allow_unused=True)
+            exact = torch.autograd.grad(outputs, inputs, errors, retain_graph=True, allow_unused=True)
             corrected = dict(deltas)
             for place, v in reversed(list(enumerate(exact))):
                 index, above = below[place], indices[place + 1] if place + 1 < len(indices) else None
@@ -252,11 +251,11 @@ class Star:
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """Have nodes do nothing in a backward that is none of the step's."""
-        self.sweeping = True
+        self.aside = True
         try:
             yield
         finally:
-            self.sweeping = False
+            self.aside = False
 
     def _coarse(self, index: int, above: int, change: Tensor) -> Tensor | None:
         """Return C_l of the change of the delta above."""
