@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from exact_jacobians import ExactJacobians
-from helpers import LEARNED, arguments, count_hooks, logged
+from helpers import LEARNED, arguments, assert_same, count_hooks, logged
 from tiny_models import MODELS, TinyModel
 from torch import Tensor, nn
 from transformers import PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from grape_hf import GrapeArgumentsMixin, GrapeMixin
+from grape_hf import GrapeArgumentsMixin, GrapeMixin, GrapeTrainer
 from grape_hf.core.alignment import delta_products
 from grape_hf.core.blocks import find_blocks
 from grape_hf.core.isolation import isolated
@@ -294,3 +294,56 @@ def test_which_blocks():
     encoder = started(model, batch, blocks="encoder.block", feedback_space="hidden")
     assert not encoder.boundaries.pooled  # y is the encoder's output, at its own positions
     encoder.close()
+
+
+class Torchs(nn.Module):
+    """torch's own encoder and decoder, with a padded source; by themselves or in an ``nn.Transformer``."""
+
+    def __init__(self, whole: bool, batch_first: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shape = dict(d_model=16, nhead=2, dim_feedforward=32, dropout=0.0, batch_first=batch_first)
+        self.source, self.target, self.readout = nn.Embedding(20, 16), nn.Embedding(20, 16), nn.Linear(16, 20)
+        if whole:
+            self.both = nn.Transformer(num_encoder_layers=2, num_decoder_layers=3, **shape)
+        else:  # the decoder is defined first
+            self.upper = nn.TransformerDecoder(nn.TransformerDecoderLayer(**shape), 3)
+            self.lower = nn.TransformerEncoder(nn.TransformerEncoderLayer(**shape), 2)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        padded = input_ids.eq(0)
+        source, target = self.source(input_ids), self.target(labels)
+        if hasattr(self, "both"):
+            h = self.both(source, target, src_key_padding_mask=padded, memory_key_padding_mask=padded)
+        else:
+            memory = self.lower(source, src_key_padding_mask=padded)
+            h = self.upper(target, memory, memory_key_padding_mask=padded)
+        return {"loss": nn.functional.cross_entropy(self.readout(h).flatten(0, 1), labels.flatten())}
+
+
+@pytest.mark.parametrize("length", [4, 6], ids=["fewer-targets", "as-many-targets"])
+@pytest.mark.parametrize("whole", [True, False], ids=["nn.Transformer", "two-stacks"])
+def test_torch_s_encoders_and_decoders(whole, length, tmp_path):
+    """With as many sweeps as points they are backpropagation; without sweeps every block learns."""
+    kinds = ("both.encoder", "both.decoder") if whole else ("lower", "upper")
+    names = [f"{kind}.layers.{i}" for kind, number in zip(kinds, (2, 3), strict=True) for i in range(number)]
+    assert list(find_blocks(Torchs(whole))) == names
+    rows = torch.randint(1, 20, (8, 6), generator=torch.Generator().manual_seed(0))
+    rows[::2, 4:] = 0
+    data = [{"input_ids": row, "labels": row.flip(0).clamp(1)[:length]} for row in rows]
+    after = []
+    options: dict[str, Any]
+    for options in ({"method": "bp"}, {"feedback_sweeps": 4}, {}, LEARNED):
+        model = Torchs(whole)
+        args = arguments(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", **options)
+        GrapeTrainer(model, args, train_dataset=data).train()
+        after.append(model.state_dict())
+    assert_same(after[1], after[0], rtol=1e-5, atol=1e-6)
+    for name, value in Torchs(whole).state_dict().items():
+        assert not torch.equal(value, after[2][name])
+        assert not torch.equal(value, after[3][name])
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_of_torch_s_stacks_with_the_batch_second_the_larger_is_taken():
+    assert list(find_blocks(Torchs(whole=True, batch_first=False))) == [f"both.decoder.layers.{i}" for i in range(3)]

@@ -37,14 +37,22 @@ def find_head(model: nn.Module) -> nn.Module:
 
 
 def stacks(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """Encoder and decoder of a model that has both, side by side."""
+    """Encoder and decoder of a model that has both, side by side: transformers' or torch's (``nn.Transformer``)."""
     candidate: Any  # get_encoder and get_decoder are transformers'
     for candidate in unwrapped(model):
         if getattr(getattr(candidate, "config", None), "is_encoder_decoder", False) is True:
             encoder, decoder = candidate.get_encoder(), candidate.get_decoder()
             nested = encoder in set(decoder.modules()) or decoder in set(encoder.modules())
             return None if nested else (encoder, decoder)
-    return None
+    encoders, decoders = (
+        [m for m in model.modules() if isinstance(m, kind)] for kind in (nn.TransformerEncoder, nn.TransformerDecoder)
+    )
+    if len(encoders) != 1 or len(decoders) != 1:
+        return None
+    # Where the batch comes second the positions of an encoder cannot be told from samples.
+    (encoder,), (decoder,) = encoders, decoders
+    first = all(getattr(m, "batch_first", True) for m in encoder.modules())
+    return (encoder, decoder) if first else None
 
 
 def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
