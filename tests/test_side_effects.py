@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from helpers import LEARNED, arguments, assert_same, make_trainer, weights
 from problems import PADDED
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 from transformers import Trainer, TrainingArguments
 
 from grape_hf import GrapeTrainer
@@ -320,6 +321,32 @@ class Hooked(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x.square().mean()
+
+
+@pytest.mark.parametrize("options", [{"feedback_sweeps": 2}, LEARNED, {}], ids=["sweeps", "estimates", "maps"])
+def test_parametrised_weights_that_are_cached_are_the_step_s(options, tmp_path):
+    """``parametrize.cached()`` around the step keeps weights with their graph, which are those of one forward."""
+    rows = [{"x": x} for x in torch.randn(16, 4, generator=torch.Generator().manual_seed(0))]
+    after = []
+
+    class Caching(GrapeTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            with parametrize.cached():
+                return model(**inputs)
+
+    class Computing(GrapeTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            return model(**inputs)
+
+    for kind in (Computing, Caching):
+        torch.manual_seed(0)
+        model = Hooked()
+        for block in model.blocks:
+            parametrizations.spectral_norm(block[0])
+        args = arguments(tmp_path, max_steps=3, label_names=[], remove_unused_columns=False, **options)
+        kind(model, args, train_dataset=rows).train()
+        after.append(model.state_dict())
+    assert_same(after[1], after[0])
 
 
 class Careless(nn.Module):

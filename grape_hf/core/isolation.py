@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from grape_hf.core import nested
 from grape_hf.core.snapshot import Snapshot
@@ -57,6 +58,7 @@ def isolated(
     state = Snapshot(model)
     with ExitStack() as stack:
         stack.enter_context(same_randomness(model))
+        stack.enter_context(_weights_of_its_own())
         if "torch._dynamo" in sys.modules:
             # Inductor drops tangents without a word (pytorch#187284, fixes #187311 and #189644 pending), and a
             # compiled block would be compiled once more for each mode.
@@ -115,6 +117,17 @@ class _Parameters:
                 "makes on the side has changed them once more, and they cannot be put back. Change them in every "
                 'forward, or in none (in a callback, say), or use method="dfa", which makes no estimates.'
             )
+
+
+@contextmanager
+def _weights_of_its_own() -> Iterator[None]:
+    """Have ``torch.nn.utils.parametrize.cached()`` keep none of this forward's weights, nor give it any."""
+    before = parametrize._cache  # torch has no public name for it
+    parametrize._cache = {}
+    try:
+        yield
+    finally:
+        parametrize._cache = before
 
 
 @contextmanager
