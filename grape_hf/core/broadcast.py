@@ -147,9 +147,12 @@ class BroadcastMode(FollowingMode):
         # In few steps (``FeedbackPoints.check``): that takes a backward of the head.
         look = mode is self and self.keep != "h and e" and not boundaries.last_checked
         self._looked |= look
-        seen = h if look and not boundaries.whole and not torch.compiler.is_compiling() else None
+        looks = look and not boundaries.whole and not torch.compiler.is_compiling()
+        h = Last.apply(h, mode.star)
+        # What comes at this very node: the block may have made something else of h_L that the head reads, too.
+        seen = get_gradient_edge(h) if looks else None
         mode.star.head = HeadCheck(seen, boundaries.layout, paired=boundaries.read_at is None)
-        return Last.apply(h, mode.star)
+        return h
 
     @property
     def cuts_have_graphs(self) -> bool:

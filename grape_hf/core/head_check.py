@@ -7,6 +7,7 @@ few steps have one.
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from grape_hf.core.layout import AUTO, Layout
 
@@ -15,12 +16,12 @@ class HeadCheck:
     """The check of one forward.
 
     Args:
-        last: h_L as its block made it; None if the backward of the head is not to be looked at.
+        last: h_L, where the head reads it; None if the backward of the head is not to be looked at.
         layout: how h_L and y are seen as vectors.
         paired: whether positions are paired, where y has as many as h_L.
     """
 
-    def __init__(self, last: Tensor | None, layout: Layout = AUTO, paired: bool = True) -> None:
+    def __init__(self, last: GradientEdge | None, layout: Layout = AUTO, paired: bool = True) -> None:
         self._last, self._layout, self._paired = last, layout, paired
         self._by_y: Tensor | None = None  # what y sends to h_L
         self._sent = False
@@ -65,7 +66,7 @@ class HeadCheck:
         """Return where a gradient is not zero, ``(batch, positions)``."""
         return self._layout.vectors(gradient).ne(0).any(-1)
 
-    def _reached_by(self, row: int, position: int | slice, y: Tensor, last: Tensor, e: Tensor) -> Tensor:
+    def _reached_by(self, row: int, position: int | slice, y: Tensor, last: GradientEdge, e: Tensor) -> Tensor:
         """Return where one row of e, or one position of it, arrives, ``(batch, positions)``."""
         vectors = self._layout.vectors(e)
         alone = torch.zeros_like(vectors)

@@ -1,7 +1,7 @@
 """Hooks that see, in one forward on the side, how blocks and heads work on one another (``probe.py`` judges)."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,8 @@ class Watcher:
         order: the blocks that ran, by their numbers.
         parts: where a block's hidden states are in what it returns.
         made: those hidden states.
+        outputs: all that the last block returned, marked.
+        made_of: the marks that every output of a block was made of, by way of no other mark.
         inputs: the marks that they were made of, by way of no other mark.
         places: where a block finds h_l among its arguments, by boundary.
         repeated: where else it finds the same tensor.
@@ -51,6 +53,7 @@ class Watcher:
         self.made: dict[int, Tensor] = {}  # those of each block, marked
         self.inputs: dict[int, set[tuple[int, nested.Path]]] = {}  # the marks that a block's output was made of
         self.made_of: dict[tuple[int, nested.Path], set[tuple[int, nested.Path]]] = {}  # the same of each output
+        self.outputs: dict[nested.Path, Tensor] = {}
         self.versions: dict[int, int] = {}
         self.places: dict[int, nested.Path] = {}
         self.repeated: dict[int, list[nested.Path]] = {}
@@ -117,6 +120,7 @@ class Watcher:
             for p, t in floating:
                 marked = Mark.apply(t if t.requires_grad else t.detach().requires_grad_(), (index, p))
                 output = nested.put(output, p, marked)
+                self.outputs = {**self.outputs, p: marked} if index == len(self.boundaries) else {}
             self.parts[index], self.made[index] = path, nested.get(output, path)
             self.versions[index] = self.made[index]._version
             return output
@@ -209,22 +213,8 @@ class Watcher:
     @property
     def around(self) -> bool:
         """Whether a block, or the head, works on what an earlier block than the one before has made, too."""
-        carried, read = self._carried(), self.inputs | {len(self.boundaries.blocks): self.head_marks}
+        carried, read = self.carried(), self.inputs | {len(self.boundaries.blocks): self.head_marks}
         return any(k < index - 1 or (k, p) in carried for index, marks in read.items() for k, p in marks)
-
-    @property
-    def split(self) -> bool:
-        """Whether the loss reads two outputs of the last block that the blocks hand on: (hidden, residual)."""
-        last = len(self.boundaries)
-        streams = {
-            path
-            for (index, path), marks in self.made_of.items()
-            if index and path != self.parts[index] and (index - 1, self.parts[index - 1]) in marks
-            if any((index - 1, path) in read for (i, _), read in self.made_of.items() if i == index)
-        }
-        loss = _loss_of(self.output)
-        read = marks_of([t for _, t in nested.tensors(self.output)] if loss is None else [loss]) | self.head_marks
-        return any((last, p) in read for p in streams)
 
     def tokens(self, layout: Layout) -> bool:
         """Whether the last block hands on tokens, or positions of a map, which share B_l.
@@ -242,7 +232,7 @@ class Watcher:
         y, h = (layout.vectors(t.detach()).shape[1] for t in (self.logits, last))
         return "" if y in (1, h) else f"{y} of these, and {h} of those"
 
-    def _carried(self) -> set[tuple[int, nested.Path]]:
+    def carried(self) -> set[tuple[int, nested.Path]]:
         """What a block returns beside its hidden states and has made of those of blocks before it."""
         found: set[tuple[int, nested.Path]] = set()
         for (index, path), marks in self.made_of.items():
@@ -250,51 +240,6 @@ class Watcher:
                 found.add((index, path))
         return found
 
-    def scalar(self, positions: int) -> Tensor | None:
-        """The loss, or what stands for it: the sum of what the model returned, if that has no positions."""
-        if (loss := _loss_of(self.output)) is not None:
-            return loss
-        floating = [t for _, t in nested.tensors(self.output) if t.is_floating_point() and t.requires_grad]
-        pooled = [t for t in floating if t.ndim == 2 and t.shape[1] != positions]
-        return pooled[0].sum() if pooled else None
-
-    @property
-    def tells_loss(self) -> bool:
-        """Whether what the model returned is the loss, or what a classifier's will be made of."""
-        return _loss_of(self.output) is not None or (self.logits is not None and self.logits.ndim == 2)
-
-    def beside(self) -> list[str]:
-        """Name what but the head reads the last block's output, or may in another batch."""
-        loss = _loss_of(self.output)
-        floating = [t for _, t in nested.tensors(self.output) if t.is_floating_point() and t.requires_grad]
-        last = len(self.boundaries)
-        found = []
-        if loss is not None and (last, self.parts[last]) in marks_of([loss]):
-            found.append("the loss")
-        elif (last, self.parts[last]) in marks_of(floating):
-            found.append("an output of the model")
-        used = parameters_of(floating)
-        width = {self.made[last].shape[-1], *self.made[last].shape[1:2]}
-        for name, module in self.model.named_modules():
-            weight = module._parameters.get("weight")
-            if weight is None or not weight.requires_grad or weight.ndim < 2 or id(weight) in used:
-                continue
-            inside = any(module is m for block in self.boundaries.blocks for m in block.modules())
-            if weight.shape[1] in width and not inside and not isinstance(module, nn.Embedding):
-                found.append(f"{name}, which did not run in the first batch")
-        return found
-
 
 def _readers(boundaries: Boundaries, index: int) -> list[nn.Module]:
     return boundaries.readers[index] if index < len(boundaries) else [boundaries.blocks[-1]]
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-        loss = output["loss"]
-    else:
-        loss = next((t for _, t in nested.tensors(output) if t.is_floating_point()), None)
-        loss = loss if loss is not None and loss.ndim == 0 else None
-    if loss is None or not loss.requires_grad:
-        return None
-    return loss.sum()

@@ -53,7 +53,7 @@ class FeedbackPoints:
             stack = {name: block for name, block in found.items() if (block in self._encoder) is inside}
             named |= feedback_blocks(stack, options.feedback_points or 0)
         self.names, self.blocks = list(named)[:-1], list(named.values())
-        self.chain = list(found.values())  # with those that share a feedback point
+        self._all_names, self.chain = list(found), list(found.values())  # with those that share a feedback point
         self._readers = [self._reading(block) for block in self.blocks[:-1]]
         if options.feedback_space == "logits":
             find_head(model)
@@ -125,17 +125,13 @@ class FeedbackPoints:
             return "logits", at_head, logits
         if not agreed(logits is not None and not logits.beside):
             hidden = seen.at(at_hidden, numbers=not whole)
-            if hidden.split and self.options.feedback_sweeps:
-                raise ValueError(
-                    "the loss reads two outputs of the last block that the blocks hand on (hidden states and a "
-                    "residual), and the error is measured at one of them, so that sweeps do not lead to the gradients "
-                    'of backpropagation. Set feedback_sweeps=0, or feedback_space="logits" if the model has a head.'
-                )
+            self._judge_split(hidden.split)
             return "hidden", at_hidden, hidden
         assert logits is not None
         hidden = seen.at(at_hidden, numbers=not whole)
-        split = hidden.split and self.options.feedback_sweeps
+        split = hidden.split == "made last" or (hidden.split and self.options.feedback_sweeps)
         if not split and (scattered or hidden.n_y <= logits.n_y or (seen.tokens(at_head.layout) and not whole)):
+            self._judge_split(hidden.split)
             return "hidden", at_hidden, hidden
         return "logits", at_head, logits
 
@@ -171,6 +167,25 @@ class FeedbackPoints:
                 "output of the last block beside it: what comes from there does not reach the other blocks. Use "
                 'feedback_space="hidden" if a loss uses it.'
             )
+
+    def _judge_split(self, split: str) -> None:
+        """Refuse sweeps, or warn, where the loss reads two outputs of the last block and y is one of them."""
+        if not split:
+            return
+        what, way = (
+            "that the blocks hand on (hidden states and a residual)",
+            'feedback_space="logits" if a head alone reads both',
+        )
+        if split == "made last":
+            names = ",".join(self._all_names[:-1])
+            what, way = "(an LSTM's output and its state)", f'blocks="{names}", which leaves the last block to the head'
+        problem = f"the loss reads two outputs of the last block {what}, and the error is measured at one of them"
+        if self.options.feedback_sweeps:
+            raise ValueError(
+                f"{problem}, so that sweeps do not lead to the gradients of backpropagation. Set {way}, or "
+                "feedback_sweeps=0."
+            )
+        logger.warning(f"GrAPE: {problem}: what comes by the other reaches the last block alone. Set {way}.")
 
     @property
     def encoder_blocks(self) -> int:

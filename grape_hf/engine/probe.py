@@ -20,6 +20,7 @@ from grape_hf.core.isolation import isolated
 from grape_hf.core.padding import mean_length
 from grape_hf.core.paths import has_path
 from grape_hf.engine.look import Watcher
+from grape_hf.engine.reading import beside, scalar_of, settle_last, split, tells_loss
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Probe:
         changed: names of the parameters that a forward changes.
         apart: boundaries at which something lies between a block and the next, so that h_l is not the block's output.
         lengths: how many positions each h_l has, with those that are padding.
-        split: whether the loss reads the output of the last block where y is not, too.
+        split: what else of the last block the loss reads than y; see ``reading.split``.
         pathless: boundaries that no shortcut connection leads down to from the next, or from y.
     """
 
@@ -59,7 +60,7 @@ class Probe:
     apart: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     pathless: list[int] = field(default_factory=list)
-    split: bool = False
+    split: str = ""
 
     @property
     def sizes(self) -> list[int]:
@@ -97,6 +98,7 @@ def look(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object]
     if seen is None or seen.order != list(range(len(boundaries.blocks))):
         seen = _look(model, boundaries, forward, deterministic=True)
     seen.check_order()
+    settle_last(seen)
     seen.labels = [t for name, t in getattr(forward, "kwargs", {}).items() if "label" in name and isinstance(t, Tensor)]
     return seen
 
@@ -133,6 +135,7 @@ class Look(Watcher):
                 self._say_several(index, readers[0])
                 boundaries.readers[index] = []
         vectors = boundaries.layout.vectors
+        lengths = [vectors(t.detach()).shape[1] for t in h]
         if numbers and h and not y.is_meta:
             self._by_gradients(boundaries, h)
         if boundaries.calls is not None and h:
@@ -140,18 +143,14 @@ class Look(Watcher):
         return Probe(
             h=[vectors(t.detach())[:1, :1] for t in h],
             n_y=vectors(y.detach()).shape[-1],
-            positions=self._positions(boundaries, h[0]) if h else 1,
-            beside=[] if boundaries.hidden else self.beside(),
+            positions=mean_length(boundaries.pairing(0, h[0]).padding, len(h[0]), lengths[0]) if h else 1,
+            beside=[] if boundaries.hidden else beside(self),
             changed=self.changed,
             apart=[index for index, read in self.read.items() if read is not self.made[index]],
-            lengths=[vectors(t.detach()).shape[1] for t in h],
+            lengths=lengths,
             pathless=[index for index, below in enumerate(h) if not has_path([*h[1:], y][index], below)],
-            split=boundaries.hidden and self.split,
+            split=split(self) if boundaries.hidden else "",
         )
-
-    def _positions(self, boundaries: Boundaries, h: Tensor) -> float:
-        batch, positions = boundaries.layout.vectors(h.detach()).shape[:2]
-        return mean_length(boundaries.pairing(0, h).padding, batch, positions)
 
     def _check_output(self, boundaries: Boundaries, y: Tensor | None) -> None:
         name = type(boundaries.output).__name__
@@ -196,12 +195,12 @@ class Look(Watcher):
             boundaries.calls.masks.learn(boundaries.blocks[0], boundaries.layout.tokens(at_h).ne(0).any(-1))
         pooled = self.logits is not None and self.logits.ndim == 2
         of_tokens = not pooled and any(t.ndim > 1 and positions in t.shape[1:] for t in self.labels)
-        told = self.tells_loss and not of_tokens  # else the first error tells
+        told = tells_loss(self) and not of_tokens  # else the first error tells
         boundaries.read_at = read_position(boundaries.layout.vectors(at_y)) if told and at_y is not None else None
 
     def _take_gradients(self, at: list[Tensor | None], positions: int) -> list[Tensor | None]:
         found: list[Tensor | None] = [None] * len(at)
-        if (scalar := self.scalar(positions)) is None:
+        if (scalar := scalar_of(self, positions)) is None:
             return found
         there = {i: t for i, t in enumerate(at) if t is not None}
         try:

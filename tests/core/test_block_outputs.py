@@ -2,6 +2,7 @@
 
 from collections import namedtuple
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,6 +243,103 @@ def test_sweeps_of_an_error_that_is_measured_at_one_of_two_streams_are_refused(p
     trainer = GrapeTrainer(ResidualNet(), args, train_dataset=[{"x": torch.randn(4)} for _ in range(16)])
     with pytest.raises(ValueError, match="two outputs of the last block.*feedback_sweeps=0"):
         trainer.train()
+
+
+class Gated(nn.Module):
+    """Returns its hidden states, and beside them a gate that it has made of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(4, 4)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = h + torch.tanh(self.map(h))
+        return h, torch.sigmoid(h.sum(-1, keepdim=True))
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        a = a + torch.tanh(self.f(b))
+        return a, b + torch.tanh(self.g(a))
+
+
+class TwoOutputs(nn.Module):
+    """Its head reads two outputs of the last block, or the second alone; or the loss reads one, the head another."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        make = {"gate": Gated, "state": lambda: nn.LSTM(4, 4, batch_first=True)}.get(kind.split()[0], Reversible)
+        self.kind, self.blocks, self.head = kind, nn.ModuleList(make() for _ in range(4)), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h, other, side = x, x, x.new_zeros(())
+        for block in self.blocks:
+            if isinstance(block, nn.LSTM):
+                h, (other, _) = block(h)
+            else:
+                h, other = block(h, other) if isinstance(block, Reversible) else block(h)
+        if self.kind == "gate":
+            h = h * other
+        elif self.kind == "state and mean":
+            h = h.mean(1) + other[-1]
+        elif self.kind == "state":
+            h = other[-1]
+        elif self.kind == "both streams":
+            h = h + other
+        elif self.kind == "second stream":
+            h = other
+        else:
+            side = other.square().mean()
+        return {"loss": (self.head(h) - 1).square().mean() + side}
+
+
+def trained_on_two(kind: str, folder: Path, trainer: type[Trainer] = GrapeTrainer, **options: Any) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    net, data = TwoOutputs(kind), [{"x": torch.randn(3, 4)} for _ in range(16)]
+    of = {} if trainer is GrapeTrainer else {"kind": TrainingArguments}
+    args = arguments(folder, optim="sgd", max_steps=5, label_names=[], **of, **options)
+    trainer(net, args, train_dataset=data).train()
+    return net.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("kind", "space"),
+    [
+        *(("gate", "auto"), ("gate", "logits"), ("both streams", "auto"), ("state and mean", "logits")),
+        *(("second stream", "auto"), ("second stream", "logits"), ("state", "logits")),
+    ],
+)
+def test_a_head_may_read_whatever_the_last_block_returns(kind, space, tmp_path):
+    """As many sweeps as points are backpropagation, in the first step too, which looks at what the head sends."""
+    swept = trained_on_two(kind, tmp_path, feedback_sweeps=3, feedback_space=space)
+    assert_same(swept, trained_on_two(kind, tmp_path, Trainer), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["gate", "state and mean"])
+def test_where_the_loss_reads_two_outputs_of_the_last_block_alone_it_can_be_left_to_the_head(kind, tmp_path, caplog):
+    problem = "two outputs of the last block .*at one of them"
+    advice = "blocks.0,blocks.1,blocks.2"
+    with pytest.raises(ValueError, match=f'{problem}.*Set blocks="{advice}", .* or feedback_sweeps=0'):
+        trained_on_two(kind, tmp_path, feedback_sweeps=3, feedback_space="hidden")
+    trained_on_two(kind, tmp_path, feedback_space="hidden")
+    (warning,) = [r.message for r in caplog.records if "two outputs" in r.message]
+    assert "what comes by the other reaches the last block alone" in warning
+    swept = trained_on_two(kind, tmp_path, feedback_sweeps=3, feedback_space="hidden", blocks=advice)
+    assert_same(swept, trained_on_two(kind, tmp_path, Trainer), rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_on_one_stream_and_a_head_on_the_other_are_beside_each_other(tmp_path, caplog):
+    for space in ("auto", "hidden"):
+        with pytest.raises(ValueError, match="two outputs of the last block that the blocks hand on"):
+            trained_on_two("streams apart", tmp_path, feedback_sweeps=3, feedback_space=space)
+    with pytest.raises(ValueError, match="the loss reads the output of the last block beside it"):
+        trained_on_two("streams apart", tmp_path, feedback_space="logits")
+    trained_on_two("streams apart", tmp_path)
+    assert [r for r in caplog.records if "two outputs" in r.message]
 
 
 @pytest.mark.parametrize(("net", "around"), [(ResidualNet(), True), (TimedNet(True, False), False)])
