@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from helpers import LEARNED, arguments, assert_same, make_trainer, weights
 from problems import PADDED
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
 from grape_hf import GrapeTrainer
@@ -347,6 +349,86 @@ def test_parametrised_weights_that_are_cached_are_the_step_s(options, tmp_path):
         kind(model, args, train_dataset=rows).train()
         after.append(model.state_dict())
     assert_same(after[1], after[0])
+
+
+class Saving(torch.autograd.Function):
+    """Runs its block again in the backward, which adds to ``.grad`` by itself, as reversible blocks do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: nn.Module, weight: Tensor) -> Tensor:
+        ctx.block, ctx.x = block, x.detach()
+        with torch.no_grad():
+            return block.compute(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x = ctx.x.requires_grad_()
+        x.grad = None
+        with torch.enable_grad():
+            ctx.block.compute(x).backward(gradient)
+        return x.grad, None, None
+
+
+class RunAgain(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.map, self.norm = way, nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def compute(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.map(x if self.way == "own function" else self.norm(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "own function":
+            return Saving.apply(x, self, self.map.weight)
+        return 1.0 * checkpoint(self.compute, x, use_reentrant=self.way == "reentrant")  # a part of the block
+
+
+class RunsAgain(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.blocks = nn.ModuleList(RunAgain(way) for _ in range(4))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return {"loss": (self.head(x) - 1).square().mean()}
+
+
+def runs_again(way: str, folder: Path, trainer: type[Trainer] = GrapeTrainer, **options: Any) -> dict[str, Tensor]:
+    rows = [{"x": x} for x in torch.randn(16, 4, generator=torch.Generator().manual_seed(0))]
+    kind = {} if trainer is GrapeTrainer else {"kind": TrainingArguments}
+    model = RunsAgain(way)
+    args = arguments(folder, max_steps=3, label_names=[], optim="sgd", **kind, **options)
+    trainer(model, args, train_dataset=rows).train()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("path", ["matrix", "shortcut"])
+@pytest.mark.parametrize("way", ["checkpoint", "own function"])
+def test_a_block_that_runs_again_in_sweeps_does_so_without_a_trace(way, path, tmp_path):
+    """As many sweeps as points are backpropagation, with statistics of batch norms and what lies in ``.grad``."""
+    swept = runs_again(way, tmp_path, feedback_sweeps=3, feedback_path=path)
+    assert_same(swept, runs_again(way, tmp_path, Trainer), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "dfa"}, {}, {"feedback_sweeps": 1}, EVERYTHING, {"feedback_path": "shortcut"}], ids=str
+)
+def test_checkpointed_batch_norms_count_each_batch_as_often_as_in_the_stock_step(options, tmp_path):
+    counts = [
+        {name: int(value) for name, value in state.items() if name.endswith("num_batches_tracked")}
+        for state in (runs_again("checkpoint", tmp_path, **options), runs_again("checkpoint", tmp_path, Trainer))
+    ]
+    assert set(counts[1].values()) == {6}
+    assert counts[0] == counts[1]
+
+
+def test_sweeps_over_reentrant_checkpoints_inside_blocks_are_refused_by_name(tmp_path):
+    with pytest.raises(RuntimeError, match=r'a sweep.*Reentrant activation.*\{"use_reentrant": False\}'):
+        runs_again("reentrant", tmp_path, feedback_sweeps=1)
 
 
 class Careless(nn.Module):

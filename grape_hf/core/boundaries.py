@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grape_hf.core import nested
+from grape_hf.core.backward_effects import BackwardEffects
 from grape_hf.core.block_hooks import BlockHook, ReaderHook
 from grape_hf.core.blocks import ends
 from grape_hf.core.broadcast import NO_REFINEMENT, BroadcastMode, Keep, Refinement
@@ -65,8 +66,7 @@ class Boundaries:
         layout: how activations are seen as vectors.
         whole: whether a forward must run to its end even when nothing behind y matters (FSDP2 counts on that).
         pooled: boundaries of another sequence than y's: blocks of an encoder.
-        readers: for each boundary the blocks that read h_l: the next one, or all of a decoder's. By default h_l is cut
-            at the output of block l.
+        readers: for each boundary the blocks that read h_l; by default h_l is cut at the output of block l.
         calls: what the model is called with, for padding; without it there is the padding that a mode is given.
 
     Attributes:
@@ -113,6 +113,7 @@ class Boundaries:
         self._mode: Mode | None = None
         self._read_before: dict[int, tuple[Mode, Tensor, Any, Tensor]] = {}  # by a decoder's earlier blocks
         self.last_checked = self._warned = False
+        self.effects = BackwardEffects(self.blocks)
 
     def __len__(self) -> int:
         """Count the feedback points, L - 1."""
@@ -261,10 +262,9 @@ class Boundaries:
         """Replace h_l by ``inject(index, h, block, args, kwargs)`` in one forward, of which nothing behind y counts.
 
         Where this is entered with gradients enabled, a forward without them that comes first (generation, a reference
-        model) is left alone, as in the other modes; ``inject`` may disable gradients when it is called first.
-        The forward is cut short by an exception that this manager catches, so nothing behind y is computed; where it
-        must be ``whole``, it goes on with y alone, without tangent or graph.
-        ``forward.y`` holds y afterwards; the last two arguments of ``inject`` are what the block was called with.
+        model) is left alone, as in the other modes; ``inject`` may disable gradients when it is called first. The
+        forward is cut short by an exception that this manager catches; where it must be ``whole``, it goes on with y
+        alone, without tangent or graph. ``forward.y`` holds y afterwards; ``args`` and ``kwargs`` are the block's.
 
         Raises:
             OutputNotReachedError: if the forward ended without reaching y.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from grape_hf.core.backward_effects import REENTRANT
 from grape_hf.core.block_maps import BlockMaps
 from grape_hf.core.head_check import HeadCheck
 from grape_hf.core.layout import Pairing
@@ -45,7 +46,6 @@ class Refinement:
 
 
 NO_REFINEMENT = Refinement()
-REENTRANT = 'Reentrant activation checkpointing does this: set gradient_checkpointing_kwargs={"use_reentrant": False}.'
 _IDLE = " A block that does nothing at times (stochastic depth) has to return its input itself, and no copy."
 
 
@@ -97,7 +97,8 @@ class BroadcastMode(FollowingMode):
             # Behind a boundary that is not cut a sweep shows what two blocks do, and the step's backward each of them.
             follows = not corrected or (any(b is None for b in self.B) and not refinement.path)
             lesson = Lesson(maps, follows, corrected, refinement.path, kept)
-        return Star(lesson, refinement.sweeps, refinement.path, refinement.maps, self.boundaries.around)
+        around, effects = self.boundaries.around, self.boundaries.effects
+        return Star(lesson, refinement.sweeps, refinement.path, refinement.maps, around, effects)
 
     def recomputation(self) -> "BroadcastMode":
         """Return a mode that does the same to the graph as this one. Raises RuntimeError if no forward had a graph."""

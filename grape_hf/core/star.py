@@ -18,7 +18,7 @@ are two ways to a better delta, which use the graphs of the blocks before these 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from grape_hf.core.backward_effects import BackwardEffects
 from grape_hf.core.block_maps import BlockMaps
 from grape_hf.core.head_check import HeadCheck
 from grape_hf.core.layout import Pairing
@@ -101,6 +102,7 @@ class Star:
         maps: the maps of blocks. They, and the path, are the coarse maps C_l of sweeps; without either C_l is the
             identity where two boundaries have the same shape, and else nothing.
         around: whether later blocks than the next, or y, read what a block has made, too.
+        effects: what backwards on the side change in blocks, and should not.
 
     Attributes:
         e: dLoss/dy, in the shape of y; None before the backward gets there.
@@ -121,10 +123,12 @@ class Star:
         path: bool = False,
         maps: BlockMaps | None = None,
         around: bool = False,
+        effects: BackwardEffects | None = None,
     ) -> None:
         self.e: Tensor | None = None
         self.site: int | None = None
         self.lesson, self.sweeps, self.path, self.maps, self.around = lesson, sweeps, path, maps, around
+        self._effects = effects
         self.arms: dict[int, Arm] = {}
         self.y: Tensor | None = None
         self.head: HeadCheck | None = None
@@ -253,7 +257,8 @@ class Star:
         """Have nodes do nothing in a backward that is none of the step's."""
         self.aside = True
         try:
-            yield
+            with nullcontext() if self._effects is None or not self.arms else self._effects.undone():
+                yield
         finally:
             self.aside = False
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grape_hf.core import nested
+from grape_hf.core.backward_effects import gradients_aside
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError, ReadAt
 from grape_hf.core.isolation import isolated
 from grape_hf.core.padding import mean_length
@@ -204,7 +205,8 @@ class Look(Watcher):
             return found
         there = {i: t for i, t in enumerate(at) if t is not None}
         try:
-            gradients = torch.autograd.grad(scalar, list(there.values()), allow_unused=True)
+            with isolated(self.model, False), gradients_aside(list(self.model.parameters())):
+                gradients = torch.autograd.grad(scalar, list(there.values()), allow_unused=True)
         except RuntimeError as error:  # whoever trains this model will be told in the step itself
             logger.info(f"GrAPE: no gradient could be taken at the first look: {error}")
             return found

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
-from grape_hf.core.broadcast import REENTRANT, check_gradient, refuse_recomputed
+from grape_hf.core.backward_effects import REENTRANT
+from grape_hf.core.broadcast import check_gradient, refuse_recomputed
 from grape_hf.core.hooks import Hook
 from grape_hf.core.star import autocast_dtype
 from grape_hf.pipeline.feedback import StageFeedback
