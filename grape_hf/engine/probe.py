@@ -22,6 +22,7 @@ from grape_hf.core.padding import mean_length
 from grape_hf.core.paths import has_path
 from grape_hf.engine.look import Watcher
 from grape_hf.engine.reading import beside, scalar_of, settle_last, split, tells_loss
+from grape_hf.engine.rows import is_folded, is_turned
 
 logger = logging.getLogger(__name__)
 
@@ -115,13 +116,15 @@ class Look(Watcher):
         self._check_output(boundaries, y)
         assert y is not None
         h = [self.read.get(index, self.made[index]) for index in range(len(boundaries))]
-        if self.logits is not None and any(t.ndim > 3 and len(t) != len(self.logits) for t in h):
+        last, logits = self.made[len(boundaries)], self.logits
+        odd = logits is not None and any(t.ndim > 3 and len(t) != len(logits) for t in h)
+        if logits is not None and odd and not is_folded(last, logits):
             raise RuntimeError(
                 "expected the batch as the first dimension of every block's output, as it is at y "
-                f"({len(self.logits)}), found {sorted({len(t) for t in h})}. Blocks that stack several streams of "
+                f"({len(logits)}), found {sorted({len(t) for t in h})}. Blocks that stack several streams of "
                 "activations cannot get direct feedback: name others with the option `blocks`."
             )
-        if h and (any(len(t) != len(y) for t in h) or (not boundaries.hidden and _is_turned(h[-1], y))):
+        if h and (any(len(t) != len(y) for t in h) or (not boundaries.hidden and is_turned(h[-1], y))):
             way = 'use feedback_space="hidden"; else name others' if not boundaries.hidden else "name those alone"
             raise BatchNotFirstError(
                 f"expected the batch as the first dimension of every block's output, as it is at y ({len(y)}), found "
@@ -275,17 +278,6 @@ def _look(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object
             seen.error = error
     seen.changed = trace.changed
     return seen
-
-
-def _is_turned(h: Tensor, y: Tensor) -> bool:
-    """Whether h is ``(positions, batch, n)`` beside ``(batch, ...)``, where there are as many of both."""
-    if h.ndim != 3 or h.shape[0] != h.shape[1] or len(h) == 1 or h.is_meta or not y.requires_grad or h.shape == y.shape:
-        return False
-    (of_first,) = torch.autograd.grad(y[0].sum(), h, retain_graph=True, allow_unused=True)
-    if of_first is None:
-        return False
-    by_row, by_column = (of_first.ne(0).any(-1).any(dim) for dim in (1, 0))
-    return bool(by_row[1:].any()) and not bool(by_column[1:].any())
 
 
 def read_position(e: Tensor) -> ReadAt | None:

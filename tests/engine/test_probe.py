@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import count_hooks
+import torch.nn.functional as F
+from helpers import arguments, assert_same, count_hooks
 from torch import Tensor, nn
 
-from grape_hf import GrapeArgumentsMixin
+from grape_hf import GrapeArgumentsMixin, GrapeTrainer
 from grape_hf.engine.run import GrapeRun
 
 
@@ -86,3 +87,36 @@ def test_blocks_that_are_never_called_are_named(past_hooks):
     with pytest.raises(RuntimeError, match=r"these blocks \(2 of them, the first a Layer\), or calls their `forward`"):
         run.start(lambda: model(torch.ones(1, 4)))
     assert count_hooks(model) == 0
+
+
+class Frames(nn.Module):
+    """Convolutions over the frames of each sample, folded into the batch; the head reads their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        h = x.flatten(0, 1)
+        for block in self.blocks:
+            h = block(h)
+        logits = self.head(h.mean((2, 3)).unflatten(0, x.shape[:2]).mean(1))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_frames_that_are_folded_into_the_batch(tmp_path):
+    """With as many sweeps as points it is backpropagation."""
+    rows = [{"x": torch.randn(3, 2, 5, 5), "labels": i % 3} for i in range(8)]
+    after = []
+    for options in ({"method": "bp"}, {"feedback_sweeps": 2}):
+        model = Frames()
+        args = arguments(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", **options)
+        GrapeTrainer(model, args, train_dataset=rows).train()
+        after.append(model.state_dict())
+    assert_same(after[1], after[0], rtol=1e-5, atol=1e-6)
+    args = arguments(tmp_path, max_steps=1, feedback_space="logits")
+    trainer = GrapeTrainer(Frames(), args, train_dataset=rows)
+    with pytest.raises(RuntimeError, match='the batch as the first dimension.* use feedback_space="hidden"'):
+        trainer.train()
