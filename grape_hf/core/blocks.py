@@ -11,19 +11,15 @@ otherwise.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 
 from torch import nn
 
+from grape_hf.core.block_lists import WEIGHTED, Chain, chains, has_parameters, is_block, items_of, join
 from grape_hf.core.parts import stacks
 
 # A list is taken without asking when it holds this share of the parameters in all lists that could be meant.
 DOMINANT_SHARE = 2 / 3
-# How the lists of blocks inside a stage are called. A residual block may hold a list too (HF ResNet's `layer`).
-_LISTS_IN_STAGES = ("blocks", "layers")
-
-Chain = dict[str, nn.Module]
 
 
 class Unit(nn.Sequential):
@@ -62,7 +58,7 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> Chain:
             found[name] = module
     _refuse_shared(found)
     for name, block in found.items():
-        if not _has_parameters(block):
+        if not has_parameters(block):
             raise ValueError(
                 f"blocks={blocks!r}: {name} ({type(block).__name__}) has no parameters to train. Expected blocks with "
                 "weights: leave it out, or name the module that holds it."
@@ -81,23 +77,23 @@ def _search(model: nn.Module) -> Chain:
 
 def _search_in(model: nn.Module, prefix: str = "") -> Chain:
     name = prefix.removesuffix(".")
-    candidates = [chain for chain in _chains(model, prefix) if chain]
-    items = _items(model, name)
+    candidates = [chain for chain in chains(model, prefix) if chain]
+    items = items_of(model, name)
     alike = len({type(item) for item in items.values()}) < len(items)
     # The model is itself a list of blocks, and of what is inside them no chain is longer.
     if alike and (not candidates or [len(chain) for chain in candidates] == [len(items)]):
         return items
     if not candidates:
-        stacks = [_units(m, _join(name, inner)) for inner, m in model.named_modules() if isinstance(m, nn.Sequential)]
+        stacks = [_units(m, join(name, inner)) for inner, m in model.named_modules() if isinstance(m, nn.Sequential)]
         longest = max(stacks, key=len, default={})
         if len(longest) > 1:
             _refuse_shared(longest)
             return longest
         for inner, module in model.named_modules():  # the outermost first
-            if blocks := _attributes(module, _join(name, inner)):
+            if blocks := _attributes(module, join(name, inner)):
                 return blocks
         for inner, module in model.named_modules():
-            layers = _layers(module, _join(name, inner))
+            layers = _layers(module, join(name, inner))
             if len(layers) > 1 and _size(layers) >= DOMINANT_SHARE * sum(p.numel() for p in model.parameters()):
                 return layers
         raise ValueError(
@@ -130,83 +126,15 @@ def _names(model: nn.Module, prefix: str, chain: Chain) -> str:
     return ",".join(names)
 
 
-def _chains(module: nn.Module, prefix: str = "") -> Iterator[Chain]:
-    """Outermost lists of composite modules, each as one chain: what lies inside a block (experts, heads) is not listed.
-
-    Sequentials side by side run one after the other (``layer1`` .. ``layer4``) and make one chain, and so do stages
-    that are modules of a class of their own.
-    """
-    stages: Chain = {}
-    kinds = Counter(type(child) for child in module.children() if _is_stage(child))
-    for name, child in module.named_children():
-        listed = _items(child, prefix + name)
-        if kinds[type(child)] > 1:
-            listed = {}
-            for block, item in child.named_children():
-                listed |= _items(item, f"{prefix}{name}.{block}") or {f"{prefix}{name}.{block}": item}
-        if listed and (isinstance(child, nn.Sequential) or kinds[type(child)] > 1):
-            stages |= listed
-        elif listed:
-            yield listed
-        else:
-            yield from _chains(child, f"{prefix}{name}.")
-    yield stages
-
-
-def _items(module: nn.Module, name: str) -> Chain:
-    """The blocks in a list, those of its stages if its items are stages; empty if this is no list of blocks."""
-    if not isinstance(module, nn.ModuleList | nn.Sequential):
-        return {}
-    children = {_join(name, child): item for child, item in module.named_children()}
-    blocks = {child: item for child, item in children.items() if _is_block(item)}
-    # A stem, norms and pools may stand in a Sequential beside the blocks (DenseNet); a ModuleList holds like items.
-    if len(blocks) != len(children) and (isinstance(module, nn.ModuleList) or len(blocks) < 2):
-        return {}
-    found: Chain = {}
-    for child, item in blocks.items():
-        found |= _inner(item, child) or {child: item}
-    return found
-
-
-def _inner(item: nn.Module, name: str) -> Chain:
-    """The blocks inside an item that is itself a stage: a list, or a module with one and no shortcut around it.
-
-    Layers behind the list join what came around it (CSPNet, HGNet, Swin2SR), other than a step down in size.
-    """
-    if isinstance(item, nn.Sequential | nn.ModuleList):
-        if isinstance(item, nn.Sequential) and type(item).forward is not nn.Sequential.forward:  # no chain (RDNet)
-            return {}
-        children = {f"{name}.{child}": block for child, block in item.named_children()}
-        return _items(item, name) if all(map(_is_block, children.values())) else {}
-    parts = list(item.named_children())
-    lists = [place for place, (child, _) in enumerate(parts) if child in _LISTS_IN_STAGES]
-    if len(lists) != 1 or hasattr(item, "shortcut"):
-        return {}
-    (child, listed), *behind = parts[lists[0] :]
-    if any(isinstance(m, _WEIGHTED) for other, part in behind if not other.startswith("down") for m in part.modules()):
-        return {}
-    return _items(listed, f"{name}.{child}")
-
-
-def _is_stage(module: nn.Module) -> bool:
-    """Whether a module is nothing but blocks of one class: in numbered attributes (timm's RegNet), or in lists."""
-    children = dict(module.named_children())
-    if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict) or len(set(map(type, children.values()))) != 1:
-        return False
-    numbered = len({name.rstrip("0123456789") for name in children}) == 1 and all(n[-1].isdigit() for n in children)
-    lists = all(isinstance(m, nn.ModuleList | nn.Sequential) and all(map(_is_block, m)) for m in children.values())
-    return (numbered or lists) and all(map(_is_block, children.values()))
-
-
 def _attributes(module: nn.Module, name: str) -> Chain:
     """The blocks that a module has as its attributes, in their order, if two are of one class (Inception)."""
-    blocks = {_join(name, child): part for child, part in module.named_children() if _is_block(part)}
+    blocks = {join(name, child): part for child, part in module.named_children() if is_block(part)}
     return blocks if len({type(block) for block in blocks.values()}) < len(blocks) else {}
 
 
 def _layers(module: nn.Module, name: str) -> Chain:
     """The layers that a module has as its attributes, in their order (``conv1``, ``conv2``, ``fc1``, ``fc2``)."""
-    return {_join(name, child): part for child, part in module.named_children() if isinstance(part, _WEIGHTED)}
+    return {join(name, child): part for child, part in module.named_children() if isinstance(part, WEIGHTED)}
 
 
 def _units(module: nn.Module, name: str) -> Chain:
@@ -215,7 +143,7 @@ def _units(module: nn.Module, name: str) -> Chain:
     children = [(child, part) for child, part in module._modules.items() if part is not None]
     if not isinstance(module, nn.Sequential) or any(any(True for _ in part.children()) for _, part in children):
         return {}
-    weighted = [i for i, (_, child) in enumerate(children) if isinstance(child, _WEIGHTED)]
+    weighted = [i for i, (_, child) in enumerate(children) if isinstance(child, WEIGHTED)]
     if len(weighted) < 2:
         return {}
     times = Counter(child for _, child in children)
@@ -223,7 +151,7 @@ def _units(module: nn.Module, name: str) -> Chain:
     for start, end in pairwise([0, *weighted[1:], len(children)]):
         # A unit ends before what stands at other places too (one ReLU for all), whose hooks could not tell which.
         last = max((i for i in range(start, end) if times[children[i][1]] == 1), default=end - 1)
-        units[_join(name, children[last][0])] = Unit(*(child for _, child in children[start : last + 1]))
+        units[join(name, children[last][0])] = Unit(*(child for _, child in children[start : last + 1]))
     return units
 
 
@@ -237,14 +165,6 @@ def _refuse_shared(chain: Chain) -> None:
         )
 
 
-def _join(name: str, child: str) -> str:
-    """The name of a child; ``name`` is empty where that is the model's."""
-    return f"{name}.{child}" if name and child else name or child
-
-
-_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase)
-
-
 def _size(chain: Chain) -> int:
     return sum(p.numel() for block in chain.values() for p in block.parameters())
 
@@ -252,14 +172,6 @@ def _size(chain: Chain) -> int:
 def _describe(chain: Chain) -> str:
     first = next(iter(chain))
     return f"{first.rpartition('.')[0]} ({len(chain)} x {type(chain[first]).__name__})"
-
-
-def _is_block(module: nn.Module) -> bool:
-    return any(_has_parameters(child) for child in module.children())
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
 
 
 def _named(model: nn.Module, wanted: str) -> tuple[str, nn.Module]:
@@ -270,7 +182,7 @@ def _named(model: nn.Module, wanted: str) -> tuple[str, nn.Module]:
     matches = [name for name in modules if name.endswith(f".{wanted}")]
     if len(matches) == 1:
         return matches[0], modules[matches[0]]
-    lists = [_describe(chain) for chain in _chains(model) if chain]
+    lists = [_describe(chain) for chain in chains(model) if chain]
     problem = f"stands for several modules: {', '.join(matches)}" if matches else "does not exist"
     raise ValueError(
         f"blocks={wanted!r} {problem} in {type(model).__name__}. Expected the name of a module, as in "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grape_hf.core import nested
-from grape_hf.core.blocks import Chain
+from grape_hf.core.block_lists import Chain
 from grape_hf.pipeline.look import Extent, Seen
 
 

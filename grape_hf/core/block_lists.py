@@ -1,0 +1,101 @@
+"""Lists of blocks in a model, and the stages that they may lie in.
+
+A list is an ``nn.ModuleList`` or ``nn.Sequential`` of composite modules. Vision models have stages, lists in one
+another or one after the other (``layer1`` .. ``layer4``, ``stages.0.blocks``): they are joined to one chain. Which of
+the chains that are found here gets direct feedback is decided in ``blocks.py``.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import nn
+
+Chain = dict[str, nn.Module]
+
+# Single layers that hold weights.
+WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase)
+# How the lists of blocks inside a stage are called. A residual block may hold a list too (HF ResNet's `layer`).
+_LISTS_IN_STAGES = ("blocks", "layers")
+
+
+def chains(module: nn.Module, prefix: str = "") -> Iterator[Chain]:
+    """Outermost lists of composite modules, each as one chain: what lies inside a block (experts, heads) is not listed.
+
+    Sequentials side by side run one after the other (``layer1`` .. ``layer4``) and make one chain, and so do stages
+    that are modules of a class of their own.
+    """
+    stages: Chain = {}
+    kinds = Counter(type(child) for child in module.children() if _is_stage(child))
+    for name, child in module.named_children():
+        listed = items_of(child, prefix + name)
+        if kinds[type(child)] > 1:
+            listed = {}
+            for block, item in child.named_children():
+                listed |= items_of(item, f"{prefix}{name}.{block}") or {f"{prefix}{name}.{block}": item}
+        if listed and (isinstance(child, nn.Sequential) or kinds[type(child)] > 1):
+            stages |= listed
+        elif listed:
+            yield listed
+        else:
+            yield from chains(child, f"{prefix}{name}.")
+    yield stages
+
+
+def items_of(module: nn.Module, name: str) -> Chain:
+    """The blocks in a list, those of its stages if its items are stages; empty if this is no list of blocks."""
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        return {}
+    children = {join(name, child): item for child, item in module.named_children()}
+    blocks = {child: item for child, item in children.items() if is_block(item)}
+    # A stem, norms and pools may stand in a Sequential beside the blocks (DenseNet); a ModuleList holds like items.
+    if len(blocks) != len(children) and (isinstance(module, nn.ModuleList) or len(blocks) < 2):
+        return {}
+    found: Chain = {}
+    for child, item in blocks.items():
+        found |= _inner(item, child) or {child: item}
+    return found
+
+
+def _inner(item: nn.Module, name: str) -> Chain:
+    """The blocks inside an item that is itself a stage: a list, or a module with one and no shortcut around it.
+
+    Layers behind the list join what came around it (CSPNet, HGNet, Swin2SR), other than a step down in size.
+    """
+    if isinstance(item, nn.Sequential | nn.ModuleList):
+        if isinstance(item, nn.Sequential) and type(item).forward is not nn.Sequential.forward:  # no chain (RDNet)
+            return {}
+        children = {f"{name}.{child}": block for child, block in item.named_children()}
+        return items_of(item, name) if all(map(is_block, children.values())) else {}
+    parts = list(item.named_children())
+    lists = [place for place, (child, _) in enumerate(parts) if child in _LISTS_IN_STAGES]
+    if len(lists) != 1 or hasattr(item, "shortcut"):
+        return {}
+    (child, listed), *behind = parts[lists[0] :]
+    if any(isinstance(m, WEIGHTED) for other, part in behind if not other.startswith("down") for m in part.modules()):
+        return {}
+    return items_of(listed, f"{name}.{child}")
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether a module is nothing but blocks of one class: in numbered attributes (timm's RegNet), or in lists."""
+    children = dict(module.named_children())
+    if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict) or len(set(map(type, children.values()))) != 1:
+        return False
+    numbered = len({name.rstrip("0123456789") for name in children}) == 1 and all(n[-1].isdigit() for n in children)
+    lists = all(isinstance(m, nn.ModuleList | nn.Sequential) and all(map(is_block, m)) for m in children.values())
+    return (numbered or lists) and all(map(is_block, children.values()))
+
+
+def join(name: str, child: str) -> str:
+    """The name of a child; ``name`` is empty where that is the model's."""
+    return f"{name}.{child}" if name and child else name or child
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module holds others with weights."""
+    return any(has_parameters(child) for child in module.children())
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Whether a module has weights, its own or those of what it holds."""
+    return next(module.parameters(), None) is not None
