@@ -13,7 +13,8 @@ from exact_jacobians import ExactJacobians
 from helpers import LEARNED, arguments, assert_same, count_hooks, logged
 from tiny_models import MODELS, TinyModel
 from torch import Tensor, nn
-from transformers import PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
+from transformers import Trainer as StockTrainer
 
 from grape_hf import GrapeArgumentsMixin, GrapeMixin, GrapeTrainer
 from grape_hf.core.alignment import delta_products
@@ -347,3 +348,49 @@ def test_torch_s_encoders_and_decoders(whole, length, tmp_path):
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_of_torch_s_stacks_with_the_batch_second_the_larger_is_taken():
     assert list(find_blocks(Torchs(whole=True, batch_first=False))) == [f"both.decoder.layers.{i}" for i in range(3)]
+
+
+class Encoded(nn.Module):
+    """The encoder is frozen and runs by itself; its output is handed in."""
+
+    def __init__(self, model: nn.Module, inside: bool) -> None:
+        super().__init__()
+        self.model, self.inside = model, inside
+        model.get_encoder().requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        if self.inside:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        with torch.no_grad():
+            encoded = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
+        return self.model(encoder_outputs=encoded, attention_mask=attention_mask, labels=labels)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "handed-in"])
+@pytest.mark.parametrize("tiny", [T5, BART], ids=lambda tiny: tiny.family)
+def test_a_frozen_encoder_is_no_part_of_the_chain(tiny, inside, tmp_path):
+    batch = batch_of(tiny, 4, targets=8)  # as many as sources, whose mask says nothing of them
+    data = [{name: value[i] for name, value in batch.items()} for i in range(4)]
+    after = []
+    options: dict[str, Any]
+    for kind, options in ((StockTrainer, {"kind": TrainingArguments}), (GrapeTrainer, {"feedback_sweeps": 2})):
+        model = Encoded(tiny.build(), inside)
+        assert len(find_blocks(model)) == len(find_blocks(model.model)) == 3
+        args = arguments(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", save_strategy="no", **options)
+        trainer = kind(model, args, train_dataset=data)
+        trainer.train()
+        after.append({name: p.detach() for name, p in model.named_parameters()})
+    assert_same(after[1], after[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_encoder_stays_where_something_below_it_trains():
+    model = T5.build()
+    model.get_encoder().block.requires_grad_(False)
+    model.get_encoder().final_layer_norm.requires_grad_(False)
+    assert len(find_blocks(model)) == 5  # its embeddings are the decoder's too
+    model.get_encoder().requires_grad_(False)
+    assert len(find_blocks(model)) == 3
+    model.prompt = nn.Embedding(2, 16)
+    assert len(find_blocks(model)) == 5
+    model.requires_grad_(False)
+    assert len(find_blocks(model)) == 5

@@ -16,7 +16,7 @@ from itertools import pairwise
 from torch import nn
 
 from grape_hf.core.block_lists import WEIGHTED, Chain, chains, has_parameters, is_block, items_of, join
-from grape_hf.core.parts import stacks
+from grape_hf.core.parts import encoder_rests, stacks
 
 # A list is taken without asking when it holds this share of the parameters in all lists that could be meant.
 DOMINANT_SHARE = 2 / 3
@@ -71,8 +71,9 @@ def _search(model: nn.Module) -> Chain:
     if both is None:
         return _search_in(model)
     names = {module: name for name, module in model.named_modules()}
-    encoder, decoder = (_search_in(stack, f"{names[stack]}.") for stack in both)
-    return encoder | decoder
+    encoder, decoder = both
+    below = {} if encoder_rests(model, encoder, decoder) else _search_in(encoder, f"{names[encoder]}.")
+    return below | _search_in(decoder, f"{names[decoder]}.")
 
 
 def _search_in(model: nn.Module, prefix: str = "") -> Chain:
@@ -84,23 +85,25 @@ def _search_in(model: nn.Module, prefix: str = "") -> Chain:
     if alike and (not candidates or [len(chain) for chain in candidates] == [len(items)]):
         return items
     if not candidates:
-        stacks = [_units(m, join(name, inner)) for inner, m in model.named_modules() if isinstance(m, nn.Sequential)]
+        modules = [(join(name, inner), module) for inner, module in model.named_modules()]  # the outermost first
+        stacks = _trained([_units(m, inner) for inner, m in modules if isinstance(m, nn.Sequential)])
         longest = max(stacks, key=len, default={})
         if len(longest) > 1:
             _refuse_shared(longest)
             return longest
-        for inner, module in model.named_modules():  # the outermost first
-            if blocks := _attributes(module, join(name, inner)):
-                return blocks
-        for inner, module in model.named_modules():
-            layers = _layers(module, join(name, inner))
-            if len(layers) > 1 and _size(layers) >= DOMINANT_SHARE * sum(p.numel() for p in model.parameters()):
+        if attributes := _trained([_attributes(m, inner) for inner, m in modules]):
+            return attributes[0]
+        parameters = list(model.parameters())
+        total = sum(p.numel() for p in [p for p in parameters if p.requires_grad] or parameters)
+        for layers in _trained([found for inner, m in modules if len(found := _layers(m, inner)) > 1]):
+            if _size(layers) >= DOMINANT_SHARE * total:
                 return layers
         raise ValueError(
             f"found no blocks in {type(model).__name__}: expected modules that the hidden states run through one after "
             "the other, in an nn.ModuleList or nn.Sequential or as attributes. Name the blocks: "
             'GrapeTrainingArguments(blocks="first_name,second_name").'
         )
+    candidates = _trained(candidates)
     sizes = [_size(chain) for chain in candidates]
     largest = max(range(len(sizes)), key=sizes.__getitem__)
     if sizes[largest] < DOMINANT_SHARE * sum(sizes):
@@ -165,8 +168,24 @@ def _refuse_shared(chain: Chain) -> None:
         )
 
 
+def _trained(found: list[Chain]) -> list[Chain]:
+    """Those of the chains that have something to train, or all where none has (soft prompts, a head alone).
+
+    A frozen teacher, tower or moving average may be larger than what is trained beside it.
+    """
+    found = [chain for chain in found if chain]
+    return [chain for chain in found if any(map(_trains, chain.values()))] or found
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
 def _size(chain: Chain) -> int:
-    return sum(p.numel() for block in chain.values() for p in block.parameters())
+    """How many parameters the blocks hold in which something trains, be it an adapter; all, where nothing does."""
+    blocks = list(chain.values())
+    counted = [block for block in blocks if _trains(block)] or blocks
+    return sum(p.numel() for block in counted for p in block.parameters())
 
 
 def _describe(chain: Chain) -> str:

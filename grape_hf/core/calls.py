@@ -105,7 +105,7 @@ class Calls:
     Args:
         model: the model.
         blocks: all its blocks, in order.
-        encoder: how many of them are an encoder's, whose masks are not their decoder's.
+        encoder: as for ``Masks``.
 
     Attributes:
         current: the call under way that has gradients: of the outermost module that holds all blocks.
@@ -116,7 +116,7 @@ class Calls:
         made: the outermost calls with gradients of the micro-batch under way.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], encoder: int = 0) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], encoder: int | None = None) -> None:
         self.model, self.masks, self.first = model, Masks(model, blocks, encoder), ends(blocks[0])[0]
         self.current: ModelCall | None = None
         self.begun: Callable[[ModelCall], None] | None = None

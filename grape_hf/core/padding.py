@@ -40,7 +40,7 @@ class Masks:
     Args:
         model: the model.
         blocks: all its blocks, in order.
-        encoder: how many of them are an encoder's, whose masks are not their decoder's.
+        encoder: how many of them are an encoder's, whose masks are not their decoder's; None where there is no decoder.
 
     Attributes:
         modules: those whose calls are to be noted.
@@ -48,21 +48,23 @@ class Masks:
         batch: masks of the batch, for a loss that keeps them to itself.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], encoder: int = 0) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], encoder: int | None = None) -> None:
         parts = [ends(block)[0] for block in blocks]
         # What torch.compile wraps around a module is called like it; the compiler cannot trace a list with both.
         called = (m for m in model.modules() if not is_container(m) and "_orig_mod" not in m._modules)
         inside = {module: set(module.modules()) for module in called}
         self.holders = [module for module, found in inside.items() if all(part in found for part in parts)]
+        # Where the encoder is frozen and no part of the chain, the innermost is its decoder.
+        of_both = [] if encoder is None else self.holders if encoder else self.holders[:-1]
         self.modules: dict[nn.Module, _Watched] = {}
         self._around: dict[nn.Module, list[_Watched]] = {}  # by block, innermost first
         self._role: dict[nn.Module, str] = {}
         for number, (block, part) in enumerate(zip(blocks, parts, strict=True)):
-            self._role[block] = "" if not encoder else "encoder" if number < encoder else "decoder"
-            first = parts[0] if number < encoder or not encoder else parts[encoder]  # its masks are those of all
+            self._role[block] = "" if encoder is None else "encoder" if number < encoder else "decoder"
+            first = parts[encoder] if encoder is not None and number >= encoder else parts[0]  # its masks are of all
             around = [m for m, found in inside.items() if part in found and m is not part]
             self._around[block] = [
-                self.modules.setdefault(m, _Watched(_argument_names(m), bool(encoder) and m in self.holders))
+                self.modules.setdefault(m, _Watched(_argument_names(m), m in of_both))
                 for m in (first, *reversed(around))
                 if not is_container(m)
             ]

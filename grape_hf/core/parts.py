@@ -1,6 +1,7 @@
 """Parts of a model by the methods and names that transformers, timm and peft give them: encoder, decoder, head."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -53,6 +54,20 @@ def stacks(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     (encoder,), (decoder,) = encoders, decoders
     first = all(getattr(m, "batch_first", True) for m in encoder.modules())
     return (encoder, decoder) if first else None
+
+
+def encoder_rests(model: nn.Module, encoder: nn.Module, decoder: nn.Module) -> bool:
+    """Whether no error need reach an encoder: all that trains is in the decoder or the head, and so above it.
+
+    Source embeddings below a frozen encoder, or prompts, would be trained through it.
+    """
+    trained = {p for p in model.parameters() if p.requires_grad}
+    above = set(decoder.parameters())
+    if trained.isdisjoint(above) or not trained.isdisjoint(encoder.parameters()):
+        return False
+    with suppress(ValueError):  # without a head
+        above |= set(find_head(model).parameters())
+    return trained <= above
 
 
 def unwrapped(model: nn.Module) -> Iterator[nn.Module]:

@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
-from torch import nn
+from torch import Tensor, nn
 
 from grape_hf.core.blocks import ends, find_blocks
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError
 from grape_hf.core.calls import Calls
+from grape_hf.core.graph import parameters_of
 from grape_hf.core.isolation import is_compiled
 from grape_hf.core.layout import Layout
 from grape_hf.core.parts import find_encoder, find_head
@@ -94,6 +95,8 @@ class FeedbackPoints:
             head = None
         at_head, at_hidden = boundaries(head), boundaries(None)
         seen = look(self.model, at_head, forward)
+        if not whole:  # of shards the graph holds others than the model does
+            self._say_untrained([seen.made[index] for index in range(len(self.names))])
         first, last = seen.channels
         # timm's way of saying that maps are (batch, H, W, C).
         last = last or any(str(getattr(m, "output_fmt", "")).endswith("NHWC") for m in self.model.modules())
@@ -152,6 +155,15 @@ class FeedbackPoints:
                     "Replace them before train(), or call train() again, which makes feedback for what is there."
                 )
 
+    def _say_untrained(self, h: list[Tensor]) -> None:
+        """Warn if no error that arrives at a feedback point can reach a weight: nothing at or below h_l trains."""
+        if h and parameters_of(h).isdisjoint(map(id, self.model.parameters())):
+            logger.warning(
+                f"GrAPE: nothing trains in {self.names[0]} to {self.names[-1]} nor below, and all the rest gets its "
+                f'exact gradient: while that is so, method="{self.options.method}" is ordinary backpropagation here. '
+                "If other blocks are meant, name them with the option `blocks`."
+            )
+
     def _refuse_beside(self, beside: list[str]) -> None:
         """Refuse an error measured at a head beside which others read the last block's output."""
         certain = [what for what in beside if what == "the loss"]
@@ -188,9 +200,11 @@ class FeedbackPoints:
         logger.warning(f"GrAPE: {problem}: what comes by the other reaches the last block alone. Set {way}.")
 
     @property
-    def encoder_blocks(self) -> int:
-        """How many blocks of the chain are an encoder's with a decoder behind it."""
-        return sum(block in self._encoder for block in self.chain) if self.chain[-1] not in self._encoder else 0
+    def encoder_blocks(self) -> int | None:
+        """How many blocks of the chain are an encoder's with a decoder behind it; None where there is no decoder."""
+        if not self._encoder or self.chain[-1] in self._encoder:
+            return None
+        return sum(block in self._encoder for block in self.chain)
 
     def _reading(self, block: nn.Module) -> list[nn.Module]:
         """The blocks that read what ``block`` makes: the next, or all of a decoder below which it ends an encoder."""
