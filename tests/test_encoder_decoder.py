@@ -21,8 +21,10 @@ from grape_hf.core.alignment import delta_products
 from grape_hf.core.blocks import find_blocks
 from grape_hf.core.isolation import isolated
 from grape_hf.core.jacobian import JacobianSum, Noise, jacobian_terms
+from grape_hf.core.padding import Masks
 from grape_hf.core.parts import find_encoder
 from grape_hf.core.refit import exact_pair
+from grape_hf.engine.points import FeedbackPoints
 from grape_hf.engine.run import GrapeRun
 from grape_hf.engine.samples import target_mask
 
@@ -394,3 +396,16 @@ def test_a_frozen_encoder_stays_where_something_below_it_trains():
     assert len(find_blocks(model)) == 5
     model.requires_grad_(False)
     assert len(find_blocks(model)) == 5
+
+
+def test_a_mask_of_the_source_says_nothing_about_a_decoder_whose_encoder_is_frozen():
+    model = T5.build()
+    model.get_encoder().requires_grad_(False)
+    points = FeedbackPoints(model, GrapeArgumentsMixin())
+    masks = Masks(model, points.chain, points.encoder_blocks)
+    h, source, target = torch.zeros(2, 4, 16), torch.tensor([[1, 1, 0, 0]] * 2), torch.tensor([[1, 1, 1, 0]] * 2)
+    masks.note(model, (), {"attention_mask": source})
+    assert masks.padding(points.chain[0], h) is None
+    masks.forget()
+    masks.note(model, (), {"attention_mask": source, "decoder_attention_mask": target})
+    assert torch.equal(masks.padding(points.chain[0], h), target.bool())
