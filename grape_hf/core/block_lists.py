@@ -46,7 +46,8 @@ def items_of(module: nn.Module, name: str) -> Chain:
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return {}
     children = {join(name, child): item for child, item in module.named_children()}
-    blocks = {child: item for child, item in children.items() if is_block(item)}
+    raw = Counter(type(item) for item in children.values() if _is_raw(item))
+    blocks = {child: item for child, item in children.items() if is_block(item) or raw[type(item)] > 1}
     # A stem, norms and pools may stand in a Sequential beside the blocks (DenseNet); a ModuleList holds like items.
     if len(blocks) != len(children) and (isinstance(module, nn.ModuleList) or len(blocks) < 2):
         return {}
@@ -94,6 +95,12 @@ def join(name: str, child: str) -> str:
 def is_block(module: nn.Module) -> bool:
     """Whether a module holds others with weights."""
     return any(has_parameters(child) for child in module.children())
+
+
+def _is_raw(module: nn.Module) -> bool:
+    """Whether a module holds matrices of its own, and is neither one of torch's layers nor made from one."""
+    torchs = any(kind.__module__.startswith("torch.nn.") for kind in type(module).__mro__ if kind is not nn.Module)
+    return not torchs and any(p is not None and p.ndim > 1 for p in module._parameters.values())
 
 
 def has_parameters(module: nn.Module) -> bool:

@@ -10,8 +10,10 @@ and each on the output of the one before, is seen at the first forward (``probe.
 otherwise.
 """
 
+import math
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
@@ -40,8 +42,8 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> Chain:
     Args:
         model: the model; a ``peft`` or ``accelerate`` wrapper around it is looked through.
         blocks: None to search, or names as ``model.named_modules()`` gives them (a trailing part of a name is enough
-            where it is unique), separated by commas. A list of modules stands for its items, any other module for
-            itself.
+            where it is unique), separated by commas. A list of modules stands for its items, and so does a ModuleList
+            or ModuleDict among these; any other module stands for itself.
 
     Raises:
         ValueError: if no list of blocks is found, if several could be meant, if a name does not exist or stands for
@@ -53,7 +55,7 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> Chain:
     for wanted in (part.strip() for part in blocks.split(",")):
         name, module = _named(model, wanted)
         if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
-            found |= _units(module, name) or {f"{name}.{child}": item for child, item in module.named_children()}
+            found |= _units(module, name) or _expanded(module, name)
         else:
             found[name] = module
     _refuse_shared(found)
@@ -63,6 +65,15 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> Chain:
                 f"blocks={blocks!r}: {name} ({type(block).__name__}) has no parameters to train. Expected blocks with "
                 "weights: leave it out, or name the module that holds it."
             )
+    return found
+
+
+def _expanded(module: nn.Module, name: str) -> Chain:
+    """The items of a list, and of lists among them that are never called."""
+    found: Chain = {}
+    for child, item in module.named_children():
+        inner = f"{name}.{child}"
+        found |= _expanded(item, inner) if isinstance(item, nn.ModuleList | nn.ModuleDict) else {inner: item}
     return found
 
 
@@ -136,8 +147,26 @@ def _attributes(module: nn.Module, name: str) -> Chain:
 
 
 def _layers(module: nn.Module, name: str) -> Chain:
-    """The layers that a module has as its attributes, in their order (``conv1``, ``conv2``, ``fc1``, ``fc2``)."""
-    return {join(name, child): part for child, part in module.named_children() if isinstance(part, WEIGHTED)}
+    """The layers that a module has as its attributes, in their order (``conv1``, ``conv2``, ``fc1``, ``fc2``).
+
+    Those in lists join them where each can work on the output of the one before.
+    """
+    parts = list(module.named_children())
+    layers: Chain = {child: part for child, part in parts if isinstance(part, WEIGHTED)}
+    joined: Chain = {}
+    for child, part in parts:
+        listed = isinstance(part, nn.ModuleList)
+        joined |= {f"{child}.{i}": item for i, item in part.named_children()} if listed else {child: part}
+    joined = {child: part for child, part in joined.items() if isinstance(part, WEIGHTED)}
+    widths = [_widths(part) for part in joined.values()]
+    fit = all(before[1] == after[0] for before, after in pairwise(widths))
+    return {join(name, child): part for child, part in (joined if fit else layers).items()}
+
+
+def _widths(layer: nn.Module) -> tuple[Any, Any]:
+    """How many numbers a layer reads and makes; what equals nothing where it does not say."""
+    reads, makes = ("in_features", "out_features") if isinstance(layer, nn.Linear) else ("in_channels", "out_channels")
+    return getattr(layer, reads, None), getattr(layer, makes, math.nan)
 
 
 def _units(module: nn.Module, name: str) -> Chain:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -368,6 +369,101 @@ def test_a_dict_that_is_named_stands_for_its_items():
     assert list(find_blocks(model, "layers").items()) == [
         ("layers.first", model.layers.first), ("layers.second", model.layers.second)
     ]  # fmt: skip
+
+
+class Steps(nn.Module):
+    """Blocks in a list that is called ``layers``, and how they are run."""
+
+    def __init__(self, layers: nn.Module, width: int = 6) -> None:
+        super().__init__()
+        self.stem, self.layers, self.head = nn.Linear(4, width), layers, nn.Linear(width, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        h = self.stem(x)
+        for step in self.layers:
+            for part in step if isinstance(step, nn.ModuleList) else [step]:
+                h = torch.tanh(part(h)) if isinstance(part, nn.Linear) else part(h)
+        return {"loss": F.cross_entropy(self.head(h), labels)}
+
+
+class Raw(nn.Module):
+    """A block whose weights are its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(sizes) / 4) for sizes in ((6, 8), (8, 6)))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.tanh(h @ self.up) @ self.down
+
+
+class Whole(Residual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+
+
+LISTS: dict[str, tuple[Callable[[], nn.Module], str | None, list[str]]] = {
+    "raw": (lambda: nn.ModuleList(Raw() for _ in range(4)), None, [f"layers.{i}" for i in range(4)]),
+    "raw-sequential": (lambda: nn.Sequential(*(Raw() for _ in range(4))), None, [f"layers.{i}" for i in range(4)]),
+    "plain": (
+        lambda: nn.ModuleList(nn.Linear(6, 6) for _ in range(4)),
+        None,
+        ["stem", *(f"layers.{i}" for i in range(4)), "head"],
+    ),
+    "lists": (
+        lambda: nn.ModuleList(nn.ModuleList([Whole(), Whole()]) for _ in range(2)),
+        "layers",
+        [f"layers.{place}" for place in ("0.0", "0.1", "1.0", "1.1")],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_what_stands_in_a_list_trains(kind, tmp_path):
+    """Blocks whose weights are their own, plain layers, and lists in a list, as it is found and as it is named."""
+    build, named, expected = LISTS[kind]
+    assert list(find_blocks(Steps(build()), named)) == expected
+    rows = [{"x": torch.randn(4), "labels": i % 3} for i in range(12)]
+    after = []
+    options: dict[str, Any]
+    ours = {"feedback_sweeps": len(expected) - 1, "blocks": named}
+    for trainer, options in ((Trainer, {"kind": TrainingArguments}), (GrapeTrainer, ours)):
+        torch.manual_seed(0)
+        model = Steps(build())
+        args = arguments(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", **options)
+        trainer(model, args, train_dataset=rows).train()
+        after.append(model.state_dict())
+    assert_same(after[1], after[0], rtol=1e-5, atol=1e-6)
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+
+def test_what_is_no_block_is_not_taken_from_a_list():
+    """Heads side by side, norms, and a block with weights of its own that is there once."""
+    model = Steps(nn.ModuleList(Whole() for _ in range(3)))
+    model.heads = nn.ModuleList(nn.Linear(6, 300) for _ in range(4))
+    model.norms = nn.ModuleList(Scale() for _ in range(400))
+    assert list(find_blocks(model)) == [f"layers.{i}" for i in range(3)]
+    model = Steps(nn.Sequential(Whole(), Whole(), Scale(), Scale(), Raw()))
+    assert list(find_blocks(model)) == ["layers.0", "layers.1"]
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_plain_layers_in_a_list_join_those_that_are_attributes_where_sizes_fit(late):
+    """Heads side by side make no input of one another, nor does what was registered before the list and runs last."""
+    model = nn.Module()
+    model.first = nn.Linear(4, 8)
+    if late:
+        model.second, model.heads = nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 2)])
+        assert list(find_blocks(model)) == ["first", "second"]
+    else:
+        model.last, model.hidden = nn.Linear(8, 2), nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        assert list(find_blocks(model)) == [f"hidden.{i}" for i in range(4)]
 
 
 @pytest.mark.parametrize(
