@@ -60,7 +60,8 @@ def items_of(module: nn.Module, name: str) -> Chain:
 def _inner(item: nn.Module, name: str) -> Chain:
     """The blocks inside an item that is itself a stage: a list, or a module with one and no shortcut around it.
 
-    Layers behind the list join what came around it (CSPNet, HGNet, Swin2SR), other than a step down in size.
+    Layers behind the list join what came around it (CSPNet, HGNet, Swin2SR), other than a step down in size. A
+    Sequential with single layers beside the blocks is the branch of a residual block (torchvision's MBConv).
     """
     if isinstance(item, nn.Sequential | nn.ModuleList):
         if isinstance(item, nn.Sequential) and type(item).forward is not nn.Sequential.forward:  # no chain (RDNet)
@@ -73,6 +74,8 @@ def _inner(item: nn.Module, name: str) -> Chain:
         return {}
     (child, listed), *behind = parts[lists[0] :]
     if any(isinstance(m, WEIGHTED) for other, part in behind if not other.startswith("down") for m in part.modules()):
+        return {}
+    if isinstance(listed, nn.Sequential) and any(has_parameters(m) and not is_block(m) for m in listed):
         return {}
     return items_of(listed, f"{name}.{child}")
 

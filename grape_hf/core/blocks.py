@@ -118,6 +118,8 @@ def _search_in(model: nn.Module, prefix: str = "") -> Chain:
     sizes = [_size(chain) for chain in candidates]
     largest = max(range(len(sizes)), key=sizes.__getitem__)
     if sizes[largest] < DOMINANT_SHARE * sum(sizes):
+        if branching := _around(model, name, candidates):
+            return branching
         listed = ", ".join(_describe(chain) for chain in candidates)
         raise ValueError(
             f"cannot tell which blocks of {type(model).__name__} get direct feedback. Expected one chain of like "
@@ -141,9 +143,30 @@ def _names(model: nn.Module, prefix: str, chain: Chain) -> str:
 
 
 def _attributes(module: nn.Module, name: str) -> Chain:
-    """The blocks that a module has as its attributes, in their order, if two are of one class (Inception)."""
-    blocks = {join(name, child): part for child, part in module.named_children() if is_block(part)}
+    """The blocks that a module has as its attributes, in their order, if two are of one class (Inception).
+
+    An auxiliary head is none.
+    """
+    parts = [(child, part) for child, part in module.named_children() if not child.lower().startswith("aux")]
+    blocks = {join(name, child): part for child, part in parts if is_block(part)}
     return blocks if len({type(block) for block in blocks.values()}) < len(blocks) else {}
+
+
+def _around(model: nn.Module, name: str, candidates: list[Chain]) -> Chain:
+    """Attributes, three at least of one class, that hold all candidates in Sequentials: branches, as of GoogLeNet.
+
+    Two of one class are rather towers side by side.
+    """
+    names = {module: join(name, inner) for inner, module in model.named_modules()}
+    for module, outer in names.items():
+        blocks = _attributes(module, outer)
+        kinds = Counter(type(part) for part in blocks.values() if not isinstance(part, nn.Sequential | nn.ModuleList))
+        inside = {inner for part in blocks.values() if kinds[type(part)] > 2 for inner in part.modules()}
+        stacks = [m for m in inside if isinstance(m, nn.Sequential)]
+        held = {names[item] for stack in stacks for item in stack.children()}
+        if all(held.issuperset(chain) for chain in candidates):
+            return blocks
+    return {}
 
 
 def _layers(module: nn.Module, name: str) -> Chain:

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from helpers import arguments, assert_same
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -86,6 +87,13 @@ class TwoTowers(nn.Module):
         super().__init__()
         self.query = nn.ModuleDict({"layer": nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))})
         self.document = nn.ModuleDict({"layer": nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))})
+
+
+def test_two_networks_of_one_class_are_refused():
+    """Towers, and no blocks, although what is inside them are Sequentials."""
+    model = nn.ModuleDict({f"tower_{i}": timm.create_model("resnet10t") for i in range(2)})
+    with pytest.raises(ValueError, match="several lists"):
+        find_blocks(model)
 
 
 def test_two_towers_are_refused_until_one_is_named():
@@ -178,6 +186,36 @@ def test_a_transformers_model_with_a_list_of_lists():
 def test_stages_of_timm(name, expected):
     model = timm.create_model(name, num_classes=2)
     assert list(find_blocks(model))[: len(expected)] == expected
+
+
+def maxvit() -> nn.Module:
+    return torchvision.models.MaxVit((64, 64), 8, 2, [8, 8, 8, 8], [1, 1, 2, 1], 8, 0.0, num_classes=3)
+
+
+def googlenet(aux_logits: bool = False) -> nn.Module:
+    return torchvision.models.GoogLeNet(num_classes=3, aux_logits=aux_logits, init_weights=False)
+
+
+INCEPTIONS = ["conv1", "conv2", "conv3", *(f"inception{n}" for n in ("3a", "3b", "4a", "4b", "4c", "4d", "4e"))]
+LAYERS = ["layers.MBconv", "layers.window_attention", "layers.grid_attention"]
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        # A residual block whose shortcut has another name is no stage.
+        (
+            maxvit,
+            [f"blocks.{i}.layers.{j}.{name}" for i, n in enumerate((1, 1, 2, 1)) for j in range(n) for name in LAYERS],
+        ),
+        # Branches are no chains.
+        (googlenet, [*INCEPTIONS, "inception5a", "inception5b"]),
+        (lambda: googlenet(aux_logits=True), [*INCEPTIONS, "inception5a", "inception5b"]),
+    ],
+    ids=["maxvit", "googlenet", "googlenet-auxiliary"],
+)
+def test_networks_of_torchvision(build, expected):
+    assert list(find_blocks(build())) == expected
 
 
 @pytest.mark.parametrize("name", ["layers", "blocks"])
