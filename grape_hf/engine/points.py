@@ -255,15 +255,21 @@ def are_convolutional(blocks: Iterable[nn.Module]) -> bool:
     """Return whether there are convolutions over maps or volumes in the blocks.
 
     Over maps of attention (Nystromformer) they have as many channels as there are heads, which no layer has as width.
+    The first block may cut the image into patches (torchvision's Swin), whatever the others are.
     """
-    return any(map(_convolves, blocks))
+    found = list(blocks)
+    in_patches = all(conv.kernel_size == conv.stride for block in found[:1] for conv in _convolutions(block))
+    return any(map(_convolves, found[1:] if in_patches else found))
 
 
 def _convolves(block: nn.Module) -> bool:
-    modules = list(block.modules())
-    widths = {width for m in modules if isinstance(m, nn.Linear) for width in (m.in_features, m.out_features)}
-    over_maps = (m for m in modules if isinstance(m, nn.Conv2d | nn.Conv3d))
-    return any(not widths or widths & {m.in_channels, m.out_channels} for m in over_maps)
+    linear = [m for m in block.modules() if isinstance(m, nn.Linear)]
+    widths = {width for m in linear for width in (m.in_features, m.out_features)}
+    return any(not widths or widths & {conv.in_channels, conv.out_channels} for conv in _convolutions(block))
+
+
+def _convolutions(block: nn.Module) -> list[nn.Conv2d | nn.Conv3d]:
+    return [m for m in block.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
 
 
 def feedback_blocks(blocks: dict[str, nn.Module], points: int) -> dict[str, nn.Module]:

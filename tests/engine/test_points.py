@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from helpers import arguments
 from torch import Tensor, nn
 from transformers import (
@@ -49,6 +50,15 @@ MODELS = {
     "vgg": (lambda: timm_model("vgg16_cifar"), "convnet"),
     "mobilenet": (lambda: timm_model("mobilenetv2_035"), "convnet"),
     "nystromformer": (lambda: nystromformer(), "recommended"),  # convolutions over maps of attention
+    # The patches stand among the blocks there, and are the only convolution.
+    "swin": (
+        lambda: torchvision.models.SwinTransformer([4, 4], 8, [1, 1], [1, 2], [2, 2], num_classes=5),
+        "recommended",
+    ),
+    "convolution first": (
+        lambda: nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), *(nn.Linear(4, 4) for _ in range(3)))),
+        "convnet",
+    ),
     "vit": (lambda: of_transformers("vit", hidden_size=16, num_hidden_layers=2, num_attention_heads=2), "recommended"),
 }
 
