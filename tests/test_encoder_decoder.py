@@ -4,6 +4,7 @@ The reference runs each block by itself, on the inputs that it had in an ordinar
 delta_l; nothing of ``boundaries.py`` is in it.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from exact_jacobians import ExactJacobians
 from helpers import LEARNED, arguments, assert_same, count_hooks, logged
 from tiny_models import MODELS, TinyModel
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 from transformers import Trainer as StockTrainer
 
@@ -158,6 +161,50 @@ def test_estimates_of_an_encoder_are_of_all_pairs_of_positions():
         else:
             taken = sum(torch.outer(predicted[b, t], a[i][b, t]) for b in range(3) for t in range(8))
         torch.testing.assert_close(residual.sums[i], expected - taken)
+
+
+@pytest.mark.parametrize("mode", ["dual", "finite_difference"])
+def test_estimates_in_weight_space_where_three_blocks_read_the_encoder(mode):
+    """q = sum_l c_l (dy/dW_l) p_l, a_l = u_l / c_l, u_l = (dh_l/dW_l) p_l, by forward mode of the whole model alone."""
+    model, batch = BART.build().double(), batch_of(BART)
+    del batch["attention_mask"]
+    run, noise = started(model, batch), Noise(0, 0, range(3))
+    blocks = run.boundaries.blocks
+    with isolated(model):
+        spaces = ["weight"] * len(run.boundaries)
+        found = jacobian_terms(run.boundaries, lambda: model(**batch), noise, mode=mode, spaces=spaces)
+    run.close()
+    assert run.boundaries.hidden
+    assert len(blocks) == ENCODER + 3
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def outputs(weights: dict[str, Tensor], index: int) -> tuple[Tensor, ...]:
+        """Return h_l and y, with other weights in one block."""
+        seen: list[Any] = []
+        handles = [m.register_forward_hook(lambda *call: seen.append(call[2])) for m in (blocks[index], blocks[-1])]
+        with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no forward mode
+            functional_call(model, {names[id(p)]: weights[n] for n, p in blocks[index].named_parameters()}, (), batch)
+        for handle in handles:
+            handle.remove()
+        return tuple(h[0] if isinstance(h, tuple) else h for h in seen)
+
+    q, a = torch.zeros(()), []
+    for index, block in enumerate(blocks[:-1]):
+        weights = {name: p.detach() for name, p in block.named_parameters()}
+        with torch.no_grad():
+            of_block = torch.func.jvp(partial(outputs, index=index), (weights,), (noise.weights(index, block),))
+        (h, _), (u, y) = of_block
+        c = (h.square().mean((1, 2), keepdim=True) / u.square().mean((1, 2), keepdim=True)).sqrt()
+        q = q + c * y
+        a.append(u / c)
+    for index, terms in enumerate(found.sums):
+        if index < ENCODER:  # the error of an encoder's blocks is the same at all positions
+            expected = torch.einsum("bk,bn->kn", q.mean(1), a[index].sum(1))
+        else:
+            expected = torch.einsum("btk,btn->kn", q, a[index])
+        # A difference has an error of its step, 1e-6, times the curvature.
+        tolerance = {} if mode == "dual" else {"rtol": 0, "atol": 1e-4 * float(expected.abs().max())}
+        torch.testing.assert_close(terms, expected, **tolerance, msg=lambda t, i=index: f"h_{i + 1}: {t}")
 
 
 def test_padding_of_sources_is_no_padding_of_targets():

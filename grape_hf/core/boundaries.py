@@ -21,8 +21,7 @@ What else a block hands on, or the model hands to its blocks, keeps its gradient
 a block's own error along that path, up to the next cut, and no further. Such paths are a position bias computed in
 block 1 and used in all (T5), inputs made for each layer from the embeddings (Gemma 3n), a router's loss (mixtures).
 
-A block may be left out of a forward (LayerDrop). Then h_l is what the next one reads, and with it the last one y is the
-output of the last block that ran.
+Where a block is left out (LayerDrop), h_l is what the next one reads, and y the output of the last block that ran.
 """
 
 import logging
@@ -291,7 +290,8 @@ class Boundaries:
             yield
         finally:
             self._mode = previous
-            self._read_before.clear()
+            if mode is not None:  # else ``off``, inside a mode whose decoder has more blocks to come
+                self._read_before.clear()
 
     def _head_hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
         path = nested.first_floating(output)
