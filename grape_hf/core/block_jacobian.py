@@ -63,6 +63,8 @@ def block_jacobian_terms(
             return
         v, a, pairing = injected.pop(index - 1)
         q = layout.vectors(tangent)
+        if index <= last and not maps.fits(index - 1, v.shape[1], q.shape[1]):
+            return
         if residual:
             q = q.to(torch.promote_types(q.dtype, torch.float32))
             aligned = pairing.align(v.to(q), q.shape[1]) if index > last else v.to(q)

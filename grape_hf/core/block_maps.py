@@ -22,12 +22,15 @@ In this file ``maps[i]`` belongs to boundary i, h_{i+1}: it leads to the gradien
 Source: ours (docs/how_it_works.md); the update is Widrow and Hoff's, normalised.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _EVERY, _ENOUGH = 4, 16  # one position in four is looked at, but for that at least as many in a sample
 _STACKED = 2**24  # numbers in a stack: of larger tensors a copy would cost more memory than it saves kernels
@@ -63,7 +66,7 @@ class BlockMaps:
     Args:
         G: for each boundary the map to it, ``(n_l, n of its source)``.
         sources: for each boundary the one behind the next block, whose delta the map takes; None where it takes e
-            itself: at the last boundary, and where the next has other positions.
+            itself: at the last boundary, and where the next has other positions in the first batch.
 
     Attributes:
         whole: whether all positions are looked at, as where most of an error is at one of them.
@@ -81,7 +84,7 @@ class BlockMaps:
                     f"got one of shape {tuple(self.G[index].shape)}."
                 )
         self.sums: dict[int, MapSums] = {}
-        self.turn, self.whole = 0, False
+        self.turn, self.whole, self._warned = 0, False, False
         self._seen: list[tuple[int, list[Tensor]]] = []  # what was observed, and is not yet in the sums
 
     def product(self, above: Tensor | None = None) -> list[Tensor]:
@@ -106,6 +109,23 @@ class BlockMaps:
             turn: number of the step among those in which maps learn; decides which positions of long samples count.
         """
         self.sums, self.turn, self._seen = {}, turn, []
+
+    def fits(self, index: int, here: int, there: int) -> bool:
+        """Whether a map can lead from the positions of its source to those of its boundary in this batch.
+
+        Args:
+            index: the boundary.
+            here: how many positions it has.
+            there: how many its source has; as many in the first batch.
+        """
+        if here != there and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"GrAPE: blocks {index + 1} and {index + 2} make {here} and {there} positions of a sample in this "
+                "batch, and made as many as each other in the first. From such batches the map between them learns "
+                "nothing, and paths and sweeps leave it out. This is said once."
+            )
+        return here == there
 
     def apply(self, index: int, d: Tensor) -> Tensor:
         """Return G d for vectors ``(batch, positions, n)`` of the boundary's source, in their dtype."""

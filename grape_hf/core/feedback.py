@@ -203,10 +203,13 @@ class Feedback:
         """
         found = self.tensors() if tensors is None else tensors
         on_cpu = {name: t.contiguous().cpu() for name, t in found.items()}
-        save_file(on_cpu, path, metadata={"format": "pt", "blocks": json.dumps(list(blocks))})
+        metadata = {"format": "pt", "blocks": json.dumps(list(blocks))}
+        if self.maps is not None:
+            metadata["sources"] = json.dumps(self.maps.sources)
+        save_file(on_cpu, path, metadata=metadata)
 
     def load(self, path: Path, blocks: Sequence[str]) -> None:
-        """Read the matrices back.
+        """Read the matrices back, and where maps come from: the first batch of this process may show it otherwise.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -221,6 +224,7 @@ class Feedback:
         try:
             with safe_open(path, "pt") as file:
                 saved = json.loads(file.metadata()["blocks"])
+                sources = json.loads(file.metadata().get("sources", "null"))  # an older file does not tell
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
         except Exception as error:
             raise ValueError(f"cannot read the feedback matrices in {path}: {error}") from error
@@ -234,6 +238,9 @@ class Feedback:
         # By name: a file lists its tensors in alphabetical order, B_10 before B_2.
         shapes = {name: tuple(t.shape) for name, t in tensors.items() if name in mine or name.startswith("B_")}
         expected = {name: tuple(t.shape) for name, t in mine.items()}
+        if self.maps is not None and sources is not None and saved == list(blocks):
+            for i, (b, source) in enumerate(zip(self.B, sources, strict=True), 1):
+                expected[f"G_{i}"] = len(b), b.shape[1] if source is None else len(self.B[source])
         if saved != list(blocks) or shapes != expected:
             raise ValueError(
                 f"{path} is of another model or grouping: expected matrices {expected} at {list(blocks)}, found "
@@ -243,4 +250,6 @@ class Feedback:
         # Copied: a tensor in the file's buffer lies anywhere, and the last digits of a product depend on where.
         self.B = [torch.empty_like(b).copy_(tensors[f"B_{i}"]) for i, b in enumerate(self.B, 1)]
         if self.maps is not None:
-            self.maps.G = [torch.empty_like(g).copy_(tensors[f"G_{i}"]) for i, g in enumerate(self.maps.G, 1)]
+            pairs = [(g, tensors[f"G_{i}"]) for i, g in enumerate(self.maps.G, 1)]
+            self.maps.G = [g.new_empty(read.shape).copy_(read) for g, read in pairs]
+            self.maps.sources = sources or self.maps.sources

@@ -20,12 +20,14 @@ class Delta:
     Attributes:
         vectors: at the positions that are looked at, ``(batch, positions, n)``.
         pairing: how positions of h_l and of e go together.
+        positions: how many h_l has.
         exact: whether it is not what maps made of e: the gradient that the block behind has computed, or corrected by
             sweeps.
     """
 
     vectors: Tensor
     pairing: Pairing
+    positions: int
     exact: bool = False
 
 
@@ -74,7 +76,8 @@ class Lesson:
     def delta(self, delta: Tensor, pairing: Pairing) -> Delta:
         """Return what maps look at of a delta in the shape of h_l."""
         assert self.maps is not None
-        return Delta(self.maps.sampled(pairing.layout.vectors(delta)), pairing)
+        vectors = pairing.layout.vectors(delta)
+        return Delta(self.maps.sampled(vectors), pairing, vectors.shape[1])
 
     def arrived(self, index: int, v: Tensor) -> None:
         """Note the gradient at h_l as the block behind it has computed it."""
@@ -91,7 +94,7 @@ class Lesson:
         self._deltas.pop(self.maps.sources[index], None)  # type: ignore[arg-type]  # nobody else's source
 
     def learn(self, index: int, v: Tensor, deltas: Mapping[int, Delta], e: Tensor) -> None:
-        """Have a map learn; nothing is learned where the boundary that it comes from was left out.
+        """Have a map learn, unless the boundary that it comes from was left out, or has other positions this time.
 
         Args:
             index: of the boundary.
@@ -106,17 +109,13 @@ class Lesson:
             d = pairing.align(pairing.layout.vectors(e), vectors.shape[1])
             if d.shape[1] != vectors.shape[1]:
                 d = pairing.unpadded(d.expand(-1, vectors.shape[1], -1))
-            there = Delta(self.maps.sampled(d), pairing)
+            there = Delta(self.maps.sampled(d), pairing, d.shape[1])
         elif source in deltas:
             there = deltas[source]
         else:
             return
-        if there.vectors.shape[1] != here.vectors.shape[1]:
-            raise RuntimeError(
-                f"blocks {index + 1} and {(source or 0) + 1} have made {here.vectors.shape[1]} and "
-                f"{there.vectors.shape[1]} positions, and as many as each other in the first batch, by which it is "
-                "decided where a map comes from. Let the first batch have samples of the usual length."
-            )
+        if not self.maps.fits(index, vectors.shape[1], there.positions):
+            return
         of_maps = not (here.exact or there.exact)
         if self.rest and not of_maps:
             return

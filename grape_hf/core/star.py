@@ -280,12 +280,14 @@ class Star:
         assert output is not None
         return pull_back(output, self.arms[index].cut, delta)
 
-    def _by_map(self, index: int, delta: Tensor) -> Tensor:
-        """Return G_l delta."""
+    def _by_map(self, index: int, delta: Tensor) -> Tensor | None:
+        """Return G_l delta; None if the boundary has other positions than the one that delta belongs to."""
         assert self.maps is not None
         arm = self.arms[index]
         layout = arm.pairing.layout
         d = layout.vectors(delta)
+        if not self.maps.fits(index, layout.vectors(arm.h).shape[1], d.shape[1]):
+            return None
         return layout.restore(self.maps.apply(index, d.to(self.dtype or d.dtype)), arm.h.shape).to(arm.h)
 
     def _by_matrix(self, arm: Arm) -> Tensor | None:

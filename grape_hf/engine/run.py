@@ -102,7 +102,7 @@ class GrapeRun:
         if self.started or not isinstance(forward, ModelCall):
             self.close()
         self.schedule = calibration_schedule(self.options, self.seed, steps_per_epoch)
-        options, starts = self.options, Starts(self.model, self.options, self.block_names)
+        options, starts = self.options, Starts(self.model, self.options, self.block_names, self.ranks)
         calls = self.calls if isinstance(forward, ModelCall) else None
         space, self.boundaries, shapes = self._points.look(forward, self.sharded, calls, self._agreed)
         self.aside.begin(shapes.changed)

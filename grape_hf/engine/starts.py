@@ -13,6 +13,7 @@ from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.feedback import FeedbackInit, initial_feedback
 from grape_hf.core.shortcut import shortcut_feedback
 from grape_hf.engine.probe import Probe
+from grape_hf.engine.ranks import ALONE, Ranks
 from grape_hf.presets import ESTIMATING
 from grape_hf.training_args import GrapeArgumentsMixin
 
@@ -26,10 +27,13 @@ class Starts:
         model: the model.
         options: GrAPE's options.
         names: of the blocks that end at boundaries.
+        ranks: the processes that train the model.
     """
 
-    def __init__(self, model: nn.Module, options: GrapeArgumentsMixin, names: Sequence[str]) -> None:
-        self.model, self.options, self.names = model, options, names
+    def __init__(
+        self, model: nn.Module, options: GrapeArgumentsMixin, names: Sequence[str], ranks: Ranks = ALONE
+    ) -> None:
+        self.model, self.options, self.names, self.ranks = model, options, names, ranks
 
     def initial_feedback(
         self, space: str, boundaries: Boundaries, shapes: Probe, forward: Callable[[], object], seed: int
@@ -146,7 +150,11 @@ class Starts:
             )
 
     def _sources(self, boundaries: Boundaries, shapes: Probe) -> list[int | None]:
-        return map_sources(shapes.lengths, [index in boundaries.pooled for index in range(len(shapes.h))])
+        lengths = shapes.lengths
+        if self.ranks.count > 1:  # each has looked at samples of its own
+            mine = torch.tensor(lengths, device=next(self.model.parameters()).device)
+            lengths = self.ranks.first([mine])[0].tolist()
+        return map_sources(lengths, [index in boundaries.pooled for index in range(len(shapes.h))])
 
     def _map_shapes(self, boundaries: Boundaries, shapes: Probe) -> list[tuple[int, int]]:
         """The shapes of all matrices, ``(n_l, n)``: n is n_y, or that of the boundary which a map comes from."""
