@@ -261,6 +261,7 @@ def gathering(way: str, model: nn.Module) -> tuple[list[Tensor], Any]:
         "global": (keep_global, GATHERED, lambda: COUNTED),
         "closure": (keep, found, lambda: calls),
         "lambda": (lambda *a: found.append(a[2]), found, lambda: 0),
+        "store": (lambda *a: gatherer.keep(*a), gatherer.found, lambda: gatherer.calls),
         "partial": (partial(keep_in, found), found, lambda: 0),
         "method": (gatherer.keep, gatherer.found, lambda: gatherer.calls),
         "object": (gatherer, gatherer.found, lambda: gatherer.calls),
@@ -292,7 +293,7 @@ def matching(kind: type[Trainer], found: list[Tensor], numbers: list[int]) -> ty
     return Matching
 
 
-@pytest.mark.parametrize("way", ["global", "closure", "lambda", "partial", "method", "object", "forward"])
+@pytest.mark.parametrize("way", ["global", "closure", "lambda", "store", "partial", "method", "object", "forward"])
 def test_what_a_user_s_hooks_gather_is_of_the_step_alone(way, tmp_path):
     """Feature matching: the loss reads a list that it has emptied in front of the model's forward."""
     rows = [{"x": x} for x in torch.randn(16, 4, generator=torch.Generator().manual_seed(0))]

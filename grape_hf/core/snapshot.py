@@ -83,7 +83,7 @@ class Snapshot:
         """Note the variables that a user's function names: global ones, those around it, and its object's."""
         if isinstance(code, partial):
             for value in (code.func, *code.args, *code.keywords.values()):
-                self._note_variable(value)
+                self._note_variable(value, set())
             return
         owner = None
         if not isinstance(code, FunctionType):  # a method, or an object that is called
@@ -96,26 +96,38 @@ class Snapshot:
             return
         self._code.add((id(of), id(code)))
         self._held.append((of, code))
+        names = _names(code.__code__)
         for cell in code.__closure__ or ():
             with suppress(ValueError):  # an empty one
                 self._undo.append(partial(setattr, cell, "cell_contents", cell.cell_contents))
-                self._note_variable(cell.cell_contents)
-        names = _names(code.__code__)
-        for scope in (code.__globals__, getattr(of, "__dict__", {}) if of is owner else {}):
-            named = {name: scope[name] for name in names if name in scope}
-            self._undo.append(partial(_put_back, scope, named, extra=True))
-            for value in named.values():
-                self._note_variable(value)
-        methods = [getattr(type(owner), name, None) for name in names] if owner is not None else []
-        for method in methods:
-            if isinstance(method, FunctionType):
+                self._note_variable(cell.cell_contents, names)
+        self._note_named(code.__globals__, names)
+        if owner is not None:
+            self._note_object(owner, names)
+
+    def _note_named(self, scope: dict[str, Any], names: set[str]) -> None:
+        named = {name: scope[name] for name in names if name in scope}
+        self._undo.append(partial(_put_back, scope, named, names))
+        for value in named.values():
+            self._note_variable(value, names)
+
+    def _note_object(self, owner: Any, names: set[str]) -> None:
+        """Note the attributes of an object that a function names, and what the methods do that it names."""
+        if not isinstance(owner, nn.Module):  # what modules have is noted already
+            self._note_named(vars(owner), names)
+        for name in names:
+            if isinstance(method := getattr(type(owner), name, None), FunctionType):
                 self._note_code(MethodType(method, owner))
 
-    def _note_variable(self, value: Any) -> None:
+    def _note_variable(self, value: Any, names: set[str]) -> None:
         if isinstance(value, (*CODE, partial)):
             self._note_code(value)
-        else:
+        elif isinstance(value, (*PLAIN, Tensor, dict, list, deque, set)) or not _is_users(value):
             self._note(value, DEEPEST)
+        elif (id(value), id(names)) not in self._code:
+            self._code.add((id(value), id(names)))
+            self._held.append((value, names))
+            self._note_object(value, names)
 
     def _note(self, value: Any, depth: int) -> None:
         if isinstance(value, (*PLAIN, *CODE, nn.Module, nn.Parameter)) or id(value) in self._seen:
@@ -154,21 +166,22 @@ class Snapshot:
         elif isinstance(value, np.random.Generator):
             bits, position = value.bit_generator, value.bit_generator.state
             self._undo.append(lambda: setattr(bits, "state", position))
-        elif (
-            depth < DEEPEST
-            and isinstance(getattr(value, "__dict__", None), dict)
-            and _library(type(value).__module__) not in LIBRARIES
-        ):
+        elif depth < DEEPEST and _is_users(value):
             self._note_mapping(vars(value), depth + 1)
 
 
-def _put_back(attributes: dict[Any, Any], before: dict[Any, Any], extra: bool = False) -> None:
-    """Put values back; with ``extra`` what else is there stays."""
-    for name in [name for name in attributes if name not in before and not extra]:
-        del attributes[name]
+def _put_back(attributes: dict[Any, Any], before: dict[Any, Any], names: Iterable[Any] | None = None) -> None:
+    """Put values back, and take off what was not there; of these names alone, or of all."""
+    for name in [name for name in (list(attributes) if names is None else names) if name not in before]:
+        attributes.pop(name, None)
     for name, value in before.items():
         if name not in attributes or attributes[name] is not value:
             attributes[name] = value
+
+
+def _is_users(value: Any) -> bool:
+    """Whether it is an object with attributes, of a class that is no library's."""
+    return isinstance(getattr(value, "__dict__", None), dict) and _library(type(value).__module__) not in LIBRARIES
 
 
 def _library(module: str | None) -> str:

@@ -18,13 +18,7 @@ class Watched(Trainer):
     """Notes for each micro-batch (optimiser step, whether the graph reaches back over h_1)."""
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        looking = self.state.global_step == 0 and not hasattr(self, "seen") and isinstance(self, GrapeMixin)
-
         def look(block: nn.Module, args: Any, output: Any) -> None:  # behind all hooks that change its input
-            nonlocal looking
-            if looking:  # GrAPE's first look at the model, in which nothing is learned
-                looking = False
-                return
             self.seen = [*getattr(self, "seen", []), (self.state.global_step, args[0].requires_grad)]
 
         blocks = model.blocks if hasattr(model, "blocks") else model.transformer.h
