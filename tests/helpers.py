@@ -78,6 +78,18 @@ def train(*args: Any, resume: str | bool | None = None, **kwargs: Any) -> Any:
     return trainer
 
 
+def fitted(
+    build: Callable[[], nn.Module], rows: Any, folder: Path, trainer: type[Trainer] = GrapeTrainer, **options: Any
+) -> dict[str, Tensor]:
+    """All that a network of a test's own has after three steps of SGD; its first weights are the same each time."""
+    kind = {} if issubclass(trainer, GrapeTrainer) else {"kind": TrainingArguments}
+    usual: dict[str, Any] = {"max_steps": 3, "learning_rate": 0.1, "optim": "sgd"}
+    torch.manual_seed(0)
+    model = build()
+    trainer(model, arguments(folder, **(usual | kind | options)), train_dataset=rows).train()
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
 def weights(trainer: Trainer) -> dict[str, Tensor]:
     """All that the model learned, and B_l if it is a GrapeTrainer."""
     feedback = {f"B_{i}": b for i, b in enumerate(getattr(trainer, "feedback", []), 1)}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from exact_jacobians import ExactJacobians
-from helpers import LEARNED, arguments, assert_same, count_hooks, logged
+from helpers import LEARNED, arguments, assert_same, count_hooks, fitted, logged
 from tiny_models import MODELS, TinyModel
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -381,13 +381,8 @@ def test_torch_s_encoders_and_decoders(whole, length, tmp_path):
     rows = torch.randint(1, 20, (8, 6), generator=torch.Generator().manual_seed(0))
     rows[::2, 4:] = 0
     data = [{"input_ids": row, "labels": row.flip(0).clamp(1)[:length]} for row in rows]
-    after = []
-    options: dict[str, Any]
-    for options in ({"method": "bp"}, {"feedback_sweeps": 4}, {}, LEARNED):
-        model = Torchs(whole)
-        args = arguments(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", **options)
-        GrapeTrainer(model, args, train_dataset=data).train()
-        after.append(model.state_dict())
+    every: list[dict[str, Any]] = [{"method": "bp"}, {"feedback_sweeps": 4}, {}, LEARNED]
+    after = [fitted(lambda: Torchs(whole), data, tmp_path, **options) for options in every]
     assert_same(after[1], after[0], rtol=1e-5, atol=1e-6)
     for name, value in Torchs(whole).state_dict().items():
         assert not torch.equal(value, after[2][name])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LEARNED, arguments, assert_same, make_trainer, weights
+from helpers import LEARNED, arguments, assert_same, fitted, make_trainer, weights
 from problems import PADDED
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
@@ -387,7 +387,6 @@ class RunAgain(nn.Module):
 class RunsAgain(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
-        torch.manual_seed(0)
         self.stem, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
         self.blocks = nn.ModuleList(RunAgain(way) for _ in range(4))
 
@@ -400,11 +399,7 @@ class RunsAgain(nn.Module):
 
 def runs_again(way: str, folder: Path, trainer: type[Trainer] = GrapeTrainer, **options: Any) -> dict[str, Tensor]:
     rows = [{"x": x} for x in torch.randn(16, 4, generator=torch.Generator().manual_seed(0))]
-    kind = {} if trainer is GrapeTrainer else {"kind": TrainingArguments}
-    model = RunsAgain(way)
-    args = arguments(folder, max_steps=3, label_names=[], optim="sgd", **kind, **options)
-    trainer(model, args, train_dataset=rows).train()
-    return model.state_dict()
+    return fitted(lambda: RunsAgain(way), rows, folder, trainer, learning_rate=1e-2, label_names=[], **options)
 
 
 @pytest.mark.parametrize("path", ["matrix", "shortcut"])

@@ -97,8 +97,8 @@ def _search_in(model: nn.Module, prefix: str = "") -> Chain:
         return items
     if not candidates:
         modules = [(join(name, inner), module) for inner, module in model.named_modules()]  # the outermost first
-        stacks = _trained([_units(m, inner) for inner, m in modules if isinstance(m, nn.Sequential)])
-        longest = max(stacks, key=len, default={})
+        plain = _trained([_units(m, inner) for inner, m in modules if isinstance(m, nn.Sequential)])
+        longest = max(plain, key=len, default={})
         if len(longest) > 1:
             _refuse_shared(longest)
             return longest
@@ -162,8 +162,7 @@ def _around(model: nn.Module, name: str, candidates: list[Chain]) -> Chain:
         blocks = _attributes(module, outer)
         kinds = Counter(type(part) for part in blocks.values() if not isinstance(part, nn.Sequential | nn.ModuleList))
         inside = {inner for part in blocks.values() if kinds[type(part)] > 2 for inner in part.modules()}
-        stacks = [m for m in inside if isinstance(m, nn.Sequential)]
-        held = {names[item] for stack in stacks for item in stack.children()}
+        held = {names[item] for branch in inside if isinstance(branch, nn.Sequential) for item in branch.children()}
         if all(held.issuperset(chain) for chain in candidates):
             return blocks
     return {}
@@ -205,7 +204,8 @@ def _units(module: nn.Module, name: str) -> Chain:
     units: Chain = {}
     for start, end in pairwise([0, *weighted[1:], len(children)]):
         # A unit ends before what stands at other places too (one ReLU for all), whose hooks could not tell which.
-        last = max((i for i in range(start, end) if times[children[i][1]] == 1), default=end - 1)
+        layer = max(start, weighted[0])
+        last = max((i for i in range(layer, end) if times[children[i][1]] == 1), default=layer)
         units[join(name, children[last][0])] = Unit(*(child for _, child in children[start : last + 1]))
     return units
 
@@ -215,8 +215,8 @@ def _refuse_shared(chain: Chain) -> None:
     parts = Counter(part for block in chain.values() if isinstance(block, Unit) for part in set(ends(block)))
     if shared := [type(part).__name__ for part, times in parts.items() if times > 1]:
         raise ValueError(
-            f"one {shared[0]} stands at several places of a plain stack: expected a module of its own at each place "
-            f'({shared[0]}() again; what has no weights learns nothing other by it), or method="bp".'
+            f"one {shared[0]} stands at several places of a plain stack: expected a module of its own at each place, "
+            'or method="bp".'
         )
 
 

@@ -6,25 +6,33 @@ from torch import Tensor
 
 def is_turned(h: Tensor, y: Tensor) -> bool:
     """Whether h is ``(positions, batch, n)`` beside ``(batch, ...)``, where there are as many of both."""
-    if h.ndim != 3 or h.shape[0] != h.shape[1] or len(h) == 1 or h.is_meta or not y.requires_grad or h.shape == y.shape:
+    if h.ndim != 3 or h.shape[0] != h.shape[1] or len(h) == 1 or h.shape == y.shape:
         return False
-    (of_first,) = torch.autograd.grad(y[0].sum(), h, retain_graph=True, allow_unused=True)
-    if of_first is None:
+    reached = _reached_by_first(h, y)
+    if reached is None:
         return False
-    by_row, by_column = (of_first.ne(0).any(-1).any(dim) for dim in (1, 0))
+    by_row, by_column = (reached.any(-1).any(dim) for dim in (1, 0))
     return bool(by_row[1:].any()) and not bool(by_column[1:].any())
 
 
-def is_folded(h: Tensor, y: Tensor | None) -> bool:
+def is_folded(h: Tensor, y: Tensor) -> bool:
     """Whether h has several rows for each sample, one sample after the other: frames of a video, a bag of images.
 
     The first row of y is made of the first of them alone then. Where blocks stack streams of one sample, it is made of
     all.
     """
-    if y is None or len(y) < 2 or len(h) % len(y) or not y.requires_grad or h.is_meta:
+    if len(y) < 2 or len(h) % len(y):
         return False
-    (of_first,) = torch.autograd.grad(y[0].sum(), h, retain_graph=True, allow_unused=True)
-    if of_first is None:
+    reached = _reached_by_first(h, y)
+    if reached is None:
         return False
-    reached, each = of_first.flatten(1).ne(0).any(1), len(h) // len(y)
-    return bool(reached[:each].any()) and not bool(reached[each:].any())
+    by_row, each = reached.flatten(1).any(1), len(h) // len(y)
+    return bool(by_row[:each].any()) and not bool(by_row[each:].any())
+
+
+def _reached_by_first(h: Tensor, y: Tensor) -> Tensor | None:
+    """Where h has a part in the first row of y; None if that cannot be told."""
+    if h.is_meta or not y.requires_grad:
+        return None
+    (gradient,) = torch.autograd.grad(y[0].sum(), h, retain_graph=True, allow_unused=True)
+    return None if gradient is None else gradient.ne(0)

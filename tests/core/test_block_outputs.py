@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LEARNED, arguments, assert_same
+from helpers import LEARNED, arguments, assert_same, fitted
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutput
@@ -298,12 +298,9 @@ class TwoOutputs(nn.Module):
 
 
 def trained_on_two(kind: str, folder: Path, trainer: type[Trainer] = GrapeTrainer, **options: Any) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    net, data = TwoOutputs(kind), [{"x": torch.randn(3, 4)} for _ in range(16)]
-    of = {} if trainer is GrapeTrainer else {"kind": TrainingArguments}
-    args = arguments(folder, optim="sgd", max_steps=5, label_names=[], **of, **options)
-    trainer(net, args, train_dataset=data).train()
-    return net.state_dict()
+    rows = [{"x": x} for x in torch.randn(16, 3, 4, generator=torch.Generator().manual_seed(0))]
+    settings = {"max_steps": 5, "learning_rate": 1e-2, "label_names": []}
+    return fitted(lambda: TwoOutputs(kind), rows, folder, trainer, **settings, **options)
 
 
 @pytest.mark.parametrize(

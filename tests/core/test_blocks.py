@@ -3,14 +3,13 @@
 import copy
 import re
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import arguments, assert_same
+from helpers import arguments, assert_same, fitted
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -21,7 +20,6 @@ from transformers import (
     FunnelConfig,
     FunnelForSequenceClassification,
     Trainer,
-    TrainingArguments,
 )
 
 from grape_hf import GrapeTrainer
@@ -304,19 +302,15 @@ def test_one_layer_with_weights_at_several_places_of_a_plain_stack_is_refused():
 def test_a_plain_stack_with_one_module_at_several_places_trains(shared, tmp_path):
     """With as many sweeps as points it is backpropagation."""
     rows = [{"x": torch.randn(3, 6, 6), "labels": i % 2} for i in range(8)]
-    after = []
-    options: dict[str, Any]
-    for trainer, options in ((Trainer, {}), (GrapeTrainer, {"feedback_sweeps": 3, "feedback_points": 3})):
-        torch.manual_seed(0)
+
+    def build() -> nn.Module:
         module = copy.deepcopy(shared)
         convolutions = [nn.Conv2d(n, 4, 3, padding=1) for n in (3, 4, 4)]
         layers = [layer for convolution in convolutions for layer in (convolution, module)]
-        model = PlainStack(nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 2)))
-        kind = {} if trainer is GrapeTrainer else {"kind": TrainingArguments}
-        args = arguments(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", **kind, **options)
-        trainer(model, args, train_dataset=rows).train()
-        after.append(model.state_dict())
-    assert_same(after[1], after[0], rtol=1e-5, atol=1e-6)
+        return PlainStack(nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 2)))
+
+    swept = fitted(build, rows, tmp_path, feedback_sweeps=3, feedback_points=3)
+    assert_same(swept, fitted(build, rows, tmp_path, Trainer), rtol=1e-5, atol=1e-6)
 
 
 class Layers(nn.Module):
@@ -356,16 +350,8 @@ def test_layers_that_are_attributes_are_blocks(net, blocks, tmp_path):
     """With as many sweeps as points they are backpropagation."""
     assert list(find_blocks(PlainStack(net()))) == [f"net.{name}" for name in blocks]
     rows = [{"x": torch.randn(3, 14, 14), "labels": i % 2} for i in range(8)]
-    after = []
-    options: dict[str, Any]
-    for trainer, options in ((Trainer, {}), (GrapeTrainer, {"feedback_sweeps": 3})):
-        torch.manual_seed(0)
-        model = PlainStack(net())
-        kind = {} if trainer is GrapeTrainer else {"kind": TrainingArguments}
-        args = arguments(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", **kind, **options)
-        trainer(model, args, train_dataset=rows).train()
-        after.append(model.state_dict())
-    assert_same(after[1], after[0], rtol=1e-5, atol=1e-6)
+    swept = fitted(lambda: PlainStack(net()), rows, tmp_path, feedback_sweeps=3)
+    assert_same(swept, fitted(lambda: PlainStack(net()), rows, tmp_path, Trainer), rtol=1e-5, atol=1e-6)
 
 
 class SequenceFirst(Recurrent):
@@ -463,16 +449,8 @@ def test_what_stands_in_a_list_trains(kind, tmp_path):
     build, named, expected = LISTS[kind]
     assert list(find_blocks(Steps(build()), named)) == expected
     rows = [{"x": torch.randn(4), "labels": i % 3} for i in range(12)]
-    after = []
-    options: dict[str, Any]
-    ours = {"feedback_sweeps": len(expected) - 1, "blocks": named}
-    for trainer, options in ((Trainer, {"kind": TrainingArguments}), (GrapeTrainer, ours)):
-        torch.manual_seed(0)
-        model = Steps(build())
-        args = arguments(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", **options)
-        trainer(model, args, train_dataset=rows).train()
-        after.append(model.state_dict())
-    assert_same(after[1], after[0], rtol=1e-5, atol=1e-6)
+    swept = fitted(lambda: Steps(build()), rows, tmp_path, feedback_sweeps=len(expected) - 1, blocks=named)
+    assert_same(swept, fitted(lambda: Steps(build()), rows, tmp_path, Trainer), rtol=1e-5, atol=1e-6)
 
 
 class Scale(nn.Module):

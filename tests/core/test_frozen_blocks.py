@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import arguments, assert_same, differ
+from helpers import assert_same, differ, fitted
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from grape_hf import GrapeTrainer
 from grape_hf.core.blocks import find_blocks
@@ -78,12 +78,7 @@ class Distilled(nn.Module):
 def trained(build: Callable[[], nn.Module], ours: bool, tmp_path: Any, **options: Any) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     rows = [{"x": torch.randn(5, 8, generator=generator), "labels": i % 3} for i in range(12)]
-    torch.manual_seed(0)
-    kind = {} if ours else {"kind": TrainingArguments}
-    args = arguments(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", **kind, **options)
-    trainer = (GrapeTrainer if ours else Trainer)(build(), args, train_dataset=rows)
-    trainer.train()
-    return {name: p.detach() for name, p in trainer.model.named_parameters()}
+    return fitted(build, rows, tmp_path, GrapeTrainer if ours else Trainer, **options)
 
 
 @pytest.mark.parametrize("no_grad", [True, False], ids=["no-grad", "with-graph"])
