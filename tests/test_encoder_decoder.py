@@ -451,3 +451,6 @@ def test_a_mask_of_the_source_says_nothing_about_a_decoder_whose_encoder_is_froz
     masks.forget()
     masks.note(model, (), {"attention_mask": source, "decoder_attention_mask": target})
     assert torch.equal(masks.padding(points.chain[0], h), target.bool())
+    masks.forget()
+    masks.note(model.get_decoder(), (), {"attention_mask": target})  # what the decoder itself is called with is its own
+    assert torch.equal(masks.padding(points.chain[0], h), target.bool())
