@@ -19,6 +19,7 @@ from transformers.trainer_utils import has_length
 
 from grape_hf.engine.calibration import calibration_schedule
 from grape_hf.engine.checkpoints import CheckpointMixin
+from grape_hf.engine.parallelism import refuse_compiled_sums
 from grape_hf.engine.points import options_for
 from grape_hf.engine.ranks import Ranks
 from grape_hf.engine.refusals import refuse_settings
@@ -183,7 +184,11 @@ class GrapeMixin(CardMixin, CheckpointMixin, PipelineMixin):
         # A checkpoint on SIGTERM is mostly made in the middle of a step (trainer_jit_checkpoint.py).
         restartable = bool(getattr(self.args, "enable_jit_checkpoint", False))
         ranks, steps = Ranks(self.accelerator.num_processes), self._steps_per_epoch
-        return make_engine(self.model, self.grape_options, self.args.seed, ranks, steps, self._resume, restartable)
+        return make_engine(self.model, self.grape_options, self.args.seed, ranks, steps, self._run_started, restartable)
+
+    def _run_started(self, run: GrapeRun) -> None:
+        refuse_compiled_sums(self, run.boundaries.in_place)
+        self._resume(run)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Entered once per train(), and again by auto_find_batch_size: each time a fresh run, with the options that the

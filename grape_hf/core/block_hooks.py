@@ -1,6 +1,8 @@
 """The hooks of one block: where it hands on its hidden states, and where it reads those of the block before."""
 
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from grape_hf.core import nested
 from grape_hf.core.blocks import ends
+from grape_hf.core.in_place import as_made, part_of, replace, whole_of
 from grape_hf.core.modes import Mode, PerturbMode
 
 if TYPE_CHECKING:
@@ -24,7 +27,8 @@ class BlockHook:
         self.cuts = index < len(boundaries) and not boundaries.readers[index]
         # y, or what is y if the blocks behind are left out
         encoder = max(boundaries.pooled, default=-1)
-        self.makes_y = boundaries.hidden and (index == len(boundaries) or (not self.cuts and index > encoder))
+        last = index == len(boundaries)
+        self.makes_y = boundaries.hidden and boundaries.end is None and (last or (not self.cuts and index > encoder))
 
     def at_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Remember what the block is called with, for an estimate that runs it again with other weights."""
@@ -50,7 +54,7 @@ class BlockHook:
             new = mode.at_boundary(self.index, h, self.block, *self.taken())
         elif self.makes_y:
             new = mode.at_output(h, self.index)
-        elif self.index == len(self.boundaries):
+        elif self.index == len(self.boundaries) and not self.boundaries.hidden:
             new = mode.at_last(h)
         if not self.cuts and not torch.compiler.is_compiling():
             self.made = weakref.ref(new)
@@ -103,6 +107,9 @@ class ReaderHook:
             if not isinstance(h, Tensor):
                 continue
             assert path is not None
+            if self.boundaries.in_place:
+                put_in_place(h, partial(self._read, mode, index))
+                continue
             new = self._read(mode, index, h)
             for place in (path, *self.boundaries.repeated.get(index, ())):  # query, key and value may be one tensor
                 if nested.get(inputs, place) is h:
@@ -119,3 +126,37 @@ class ReaderHook:
             read = mode, h, call, mode.at_boundary(index, h, hook.block, *hook.taken())
             self.boundaries._read_before[index] = read
         return read[3]
+
+
+class OutputHook:
+    """The hook at y where that is not what a block makes."""
+
+    def __init__(self, boundaries: "Boundaries") -> None:
+        self.boundaries = boundaries
+
+    def at_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Put what the mode makes of y into what the head returns."""
+        mode, path = self.boundaries._mode, nested.first_floating(output)
+        if mode is None or path is None:
+            return None
+        return nested.put(output, path, mode.at_output(nested.get(output, path), len(self.boundaries.blocks)))
+
+    def at_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Put what the mode makes of y in its place, a sum that the module reads (``in_place.py``), or a part of it."""
+        mode, last = self.boundaries._mode, len(self.boundaries)
+        if mode is None:
+            return None
+        path = self.boundaries.places[last]
+        y = nested.get((args, kwargs), path)
+        if y._is_view():  # x[:, 0], and nobody else reads x
+            return nested.put((args, kwargs), path, part_of(mode.at_output(whole_of(y), last), y))
+        put_in_place(y, partial(mode.at_output, site=last))
+        return None
+
+
+def put_in_place(h: Tensor, make: Callable[[Tensor], Tensor]) -> None:
+    """Have all who read h from now on read what ``make`` returns for it."""
+    made = as_made(h)
+    new = make(made)
+    if new is not made:
+        replace(h, new)

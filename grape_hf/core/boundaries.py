@@ -1,8 +1,8 @@
 """Hooks on a model's blocks, where its graph is cut.
 
 Between block l and the next lies the boundary activation h_l; the error e = dLoss/dy is measured at the output y of
-the last block (`hidden`) or of the head (`logits`). Hooks are attached once, for the length of a training run, and a
-mode, always set by a ``with``, says what they do in a step; without a mode the model is its own BP twin:
+the last block (`hidden`) or of the head (`logits`). Hooks are attached once for a training run, and a mode, always set
+by a ``with``, says what they do in a step; without a mode the model is its own BP twin:
 
 - ``broadcast``: cut the graph at each h_l, and send e to all of them at once: delta_l = B_l e. The graph becomes a
   star whose arms, the local backwards of the blocks, have no order between them.
@@ -35,7 +35,7 @@ from torch.utils.hooks import RemovableHandle
 
 from grape_hf.core import nested
 from grape_hf.core.backward_effects import BackwardEffects
-from grape_hf.core.block_hooks import BlockHook, ReaderHook
+from grape_hf.core.block_hooks import BlockHook, OutputHook, ReaderHook
 from grape_hf.core.blocks import ends
 from grape_hf.core.broadcast import NO_REFINEMENT, BroadcastMode, Keep, Refinement
 from grape_hf.core.hooks import Hook
@@ -71,6 +71,8 @@ class Boundaries:
     Attributes:
         copied: boundaries whose h_l the next block changes in place, which therefore gets a copy (``probe``).
         around: whether later blocks than the next, or y, read what a block has made, too (``probe``).
+        in_place: whether h_l is a sum that the model makes outside of blocks (``in_place.py``, ``probe``).
+        end: the module that reads y where y is such a sum.
         sizes: n_l of each h_l, and n_y, which every forward that counts must have; any by default.
         read_at: where the loss reads y if that is one position alone; None if it is not.
         spread: whether an error at one position of y stays there, and all get its mean; else all get the sum.
@@ -103,7 +105,8 @@ class Boundaries:
         self.layout, self.whole, self.pooled, self.calls = layout, whole, frozenset(pooled), calls
         self.readers = [[] for _ in self.blocks[1:]] if readers is None else [list(r) for r in readers]
         self.copied: set[int] = set()
-        self.around = self.spread = False
+        self.around = self.spread = self.in_place = False
+        self.end: nn.Module | None = None
         self.sizes: list[int] | None = None
         self.read_at: ReadAt | None = None
         self.read: Tensor | None = None
@@ -121,7 +124,7 @@ class Boundaries:
     @property
     def skips(self) -> bool:
         """Whether y is found even if the last blocks are left out of a forward."""
-        return self.hidden and all(self.readers)
+        return self.hidden and self.end is None and all(self.readers)
 
     @property
     def current_call(self) -> Any:
@@ -198,8 +201,11 @@ class Boundaries:
                 ahead = self.whole or any(reader in self.readers[index] for index in self.pooled)
                 hook = Hook(ReaderHook(self, reader, hooks).at_input)
                 handles.append(ends(reader)[0].register_forward_pre_hook(hook, with_kwargs=True, prepend=ahead))
+            of_y = OutputHook(self)
             if not self.hidden:
-                handles.append(self.output.register_forward_hook(Hook(self._head_hook), prepend=True))
+                handles.append(self.output.register_forward_hook(Hook(of_y.at_output), prepend=True))
+            elif self.end is not None:
+                handles.append(self.end.register_forward_pre_hook(Hook(of_y.at_input), with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -292,9 +298,3 @@ class Boundaries:
             self._mode = previous
             if mode is not None:  # else ``off``, inside a mode whose decoder has more blocks to come
                 self._read_before.clear()
-
-    def _head_hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        path = nested.first_floating(output)
-        if self._mode is None or path is None:
-            return None
-        return nested.put(output, path, self._mode.at_output(nested.get(output, path), len(self.blocks)))

@@ -14,11 +14,14 @@ from grape_hf.core.block_hooks import no_hidden_states
 from grape_hf.core.blocks import ends
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.channels import Channels
-from grape_hf.core.graph import Mark, in_backward, is_mark, marks_of, parameters_of
+from grape_hf.core.graph import Mark, graph_of, in_backward, is_mark, marks_of, parameters_of
 from grape_hf.core.hooks import Hook
+from grape_hf.core.in_place import as_made, part_of, replace, whole_of
 from grape_hf.core.layout import Layout
 
 logger = logging.getLogger(__name__)
+
+_MADE = ("made",)  # marks what a block makes, where the hidden states are a sum of that and of what it was given
 
 
 class Watcher:
@@ -44,6 +47,9 @@ class Watcher:
         changed: names of the parameters that it changed.
         labels: the labels that it was called with.
         apart: whether blocks have made something beside their hidden states that does not depend on those before.
+        summed: whether a block reads what the one before has made together with what that one was given.
+        early: whether such a sum is read by something else before the next block.
+        end: the module that reads such a sum behind the last block, if one alone does; ``y`` is the sum.
     """
 
     def __init__(self, model: nn.Module, boundaries: Boundaries) -> None:
@@ -58,17 +64,17 @@ class Watcher:
         self.places: dict[int, nested.Path] = {}
         self.repeated: dict[int, list[nested.Path]] = {}
         self.read: dict[int, Tensor] = {}  # h_l as the next block reads it
-        self.several: set[int] = set()
-        self.again = False
-        self.heads = 0
+        self.again, self.heads = False, 0
         self.head_marks: set[tuple[int, nested.Path]] = set()
         self.logits: Tensor | None = None
         self.output: Any = None
         self.error: Exception | None = None
         self.changed: list[str] = []
         self.labels: list[Tensor] = []
-        self.apart = False
-        self._said: set[int] = set()
+        self.apart = self.summed = self.early = False
+        self.end: nn.Module | None = None
+        self.y: Tensor | None = None
+        self._called, self._said = set[nn.Module](), set[int]()
         behind = zip(boundaries.readers, boundaries.blocks[1:], strict=True)
         self._channels = Channels([readers[0] if readers else block for readers, block in behind])
 
@@ -87,6 +93,8 @@ class Watcher:
                     handles.append(ends(reader)[0].register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
             if not boundaries.hidden:
                 handles.append(boundaries.output.register_forward_hook(Hook(self._head_hook), prepend=True))
+            for module in set(self.model.modules()).difference(*(block.modules() for block in boundaries.blocks)):
+                handles.append(module.register_forward_pre_hook(Hook(self._end_hook), with_kwargs=True))
             with self._channels.watched():
                 yield
         finally:
@@ -110,6 +118,7 @@ class Watcher:
             self.order.append(index)
             if len(self.order) != index + 1:
                 return None
+            self.parts[index] = path
             floating = [(p, t) for p, t in nested.tensors(output) if t.is_floating_point()]
             self.made_of |= {(index, p): marks_of([t]) for p, t in floating}
             self.inputs[index] = self.made_of[index, path]
@@ -118,10 +127,11 @@ class Watcher:
                 beside = [self.made_of[index, p] for p, t in floating if p != path and self._learned(index, t)]
                 self.apart |= any(marks and main not in marks for marks in beside)
             for p, t in floating:
-                marked = Mark.apply(t if t.requires_grad else t.detach().requires_grad_(), (index, p))
+                mark = index, self._main(index) if p == path else p
+                marked = Mark.apply(t if t.requires_grad else t.detach().requires_grad_(), mark)
                 output = nested.put(output, p, marked)
                 self.outputs = {**self.outputs, p: marked} if index == len(self.boundaries) else {}
-            self.parts[index], self.made[index] = path, nested.get(output, path)
+            self.made[index] = nested.get(output, path)
             self.versions[index] = self.made[index]._version
             return output
 
@@ -166,8 +176,9 @@ class Watcher:
                 if t.is_floating_point() and t.requires_grad
             ]
             reading = [(path, t, parts) for path, t, parts in reading if parts]
-            main = [(path, t) for path, t, parts in reading if self.parts[index] in parts]
-            if not main and reading:  # the hidden states are not what comes first in the block's output
+            main = [(path, t) for path, t, parts in reading if self._main(index) in parts]
+            # Where the hidden states are not what comes first in the block's output.
+            if not main and reading and not self.boundaries.in_place:
                 self.parts[index] = min(reading[0][2], key=str)
                 self.made[index] = reading[0][1]
                 main = [(path, t) for path, t, parts in reading if self.parts[index] in parts]
@@ -175,12 +186,50 @@ class Watcher:
                 return
             (path, h), *more = main
             if any(other is not h for _, other in more):
-                self.several.add(index)
                 return
             self.places[index], self.read[index] = path, h
             self.repeated[index] = [other for other, _ in more]
+            if self.boundaries.in_place:
+                self._mark_sum(h, index)
+            elif 0 < index < len(self.boundaries) - 1:  # the last block may read others as well
+                self.summed |= (index - 1, self.parts[index - 1]) in marks_of([h])
 
         return hook
+
+    def _end_hook(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Find what reads a residual sum behind the last block: y, if the blocks read such sums, too."""
+        last, several = len(self.boundaries), module in self._called
+        if not last or not torch.is_grad_enabled() or in_backward() or self.again:
+            return None
+        self._called.add(module)
+        if module is self.end:  # at each of several places it reads something else
+            self.end = None
+        if several or last not in self.made or last in self.places:
+            return None
+        for path, t in nested.tensors((args, kwargs)):
+            marks = marks_of([t]) if t.is_floating_point() and t.requires_grad else set()
+            if not marks.issuperset({(last, self._main(last)), (last - 1, self.parts[last - 1])}):
+                continue
+            if self.boundaries.in_place:
+                self.places[last], self.end = path, module
+                self.y = self._mark_sum(whole_of(t), last, in_part=t._is_view())
+                return nested.put((args, kwargs), path, part_of(self.y, t)) if t._is_view() else None
+            h = self.read.get(last - 1, self.made[last - 1])  # as the block reads it: a decode head may before norms
+            self.summed |= h is not self.made[last - 1] and h.grad_fn in graph_of(t, ends=is_mark)
+            break
+        return None
+
+    def _mark_sum(self, h: Tensor, index: int, in_part: bool = False) -> Tensor:
+        """Return h, marked for all who read it from now on, or ``in_part`` for those that get what is returned."""
+        self.early |= any(path == _MADE and k < index for k, path in marks_of([h]))
+        marked = Mark.apply(as_made(h), (index, self.parts[index]))
+        if not in_part:
+            replace(h, marked)
+        return marked if in_part else h
+
+    def _main(self, index: int) -> nested.Path:
+        """How what a block makes is marked: by where it is, unless a sum of it is."""
+        return _MADE if self.boundaries.in_place else self.parts[index]
 
     def _head_hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
         path = nested.first_floating(output)
@@ -199,6 +248,11 @@ class Watcher:
             logits if logits.requires_grad else logits.detach().requires_grad_(), (len(self.boundaries.blocks), ())
         )
         return nested.put(output, path, self.logits)
+
+    @property
+    def hidden_y(self) -> Tensor:
+        """What y is in hidden space: the last block's output, or the sum of that and of what it was given."""
+        return self.made[len(self.boundaries)] if self.y is None else self.y
 
     @property
     def copied(self) -> set[int]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import is_sagemaker_mp_enabled
 
+from grape_hf.core.in_place import ADVICE
 from grape_hf.core.isolation import is_compiled
 
 if TYPE_CHECKING:
@@ -32,6 +33,19 @@ def refuse_parallelism(trainer: "Trainer", options: "GrapeArgumentsMixin") -> No
     """
     for setting, reason, instead in _refused(trainer, options):
         raise ValueError(f"{setting} does not go with method={options.method!r}: {reason}. Use {instead}.")
+
+
+def refuse_compiled_sums(trainer: "Trainer", in_place: bool) -> None:
+    """Refuse to compile a model whose residuals are added up outside of blocks; see ``core/in_place.py``.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if in_place and (trainer.args.torch_compile or is_compiled(trainer.model)):
+        raise ValueError(
+            "torch.compile does not go with blocks whose residuals are added up outside of them: the graph is cut in "
+            f"the sums themselves, which compiled code does not show. Do not compile the model. Or else: {ADVICE}"
+        )
 
 
 def _refused(trainer: "Trainer", options: "GrapeArgumentsMixin") -> Iterator[tuple[str, str, str]]:

@@ -131,6 +131,8 @@ class FeedbackPoints:
             self._judge_split(hidden.split)
             return "hidden", at_hidden, hidden
         assert logits is not None
+        if seen.boundaries.in_place and seen.end is None:  # a sum that no module reads
+            return "logits", at_head, logits
         hidden = seen.at(at_hidden, numbers=not whole)
         split = hidden.split == "made last" or (hidden.split and self.options.feedback_sweeps)
         if not split and (scattered or hidden.n_y <= logits.n_y or (seen.tokens(at_head.layout) and not whole)):

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from grape_hf.core import nested
 from grape_hf.core.backward_effects import gradients_aside
-from grape_hf.core.boundaries import Boundaries, OutputNotReachedError, ReadAt
+from grape_hf.core.boundaries import Boundaries, OutputNotReachedError
+from grape_hf.core.in_place import ADVICE
 from grape_hf.core.isolation import isolated
 from grape_hf.core.padding import mean_length
 from grape_hf.core.paths import has_path
+from grape_hf.engine import reading
 from grape_hf.engine.look import Watcher
-from grape_hf.engine.reading import beside, scalar_of, settle_last, split, tells_loss
 from grape_hf.engine.rows import is_folded, is_turned
 
 logger = logging.getLogger(__name__)
@@ -97,10 +98,15 @@ def look(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object]
     except ValueError:  # a batch norm has no batch statistics of one sample
         seen = None
     # Other than in training no block is left out (LayerDrop).
-    if seen is None or seen.order != list(range(len(boundaries.blocks))):
+    deterministic = seen is None or seen.order != list(range(len(boundaries.blocks)))
+    if seen is None or deterministic:
         seen = _look(model, boundaries, forward, deterministic=True)
+    if seen.summed:
+        boundaries.in_place = True
+        seen = _look(model, boundaries, forward, deterministic)
+        reading.refuse_read_elsewhere(seen)
     seen.check_order()
-    settle_last(seen)
+    reading.settle_last(seen)
     seen.labels = [t for name, t in getattr(forward, "kwargs", {}).items() if "label" in name and isinstance(t, Tensor)]
     return seen
 
@@ -112,7 +118,7 @@ class Look(Watcher):
 
     def at(self, boundaries: Boundaries, numbers: bool = True) -> Probe:
         """Note in ``boundaries`` what it needs to know, and return shapes; see ``probe``."""
-        y = self.made[len(boundaries)] if boundaries.hidden else self.logits
+        y = self.hidden_y if boundaries.hidden else self.logits
         self._check_output(boundaries, y)
         assert y is not None
         h = [self.read.get(index, self.made[index]) for index in range(len(boundaries))]
@@ -133,8 +139,13 @@ class Look(Watcher):
             )
         boundaries.copied, boundaries.parts, boundaries.places = self.copied, dict(self.parts), dict(self.places)
         boundaries.repeated = dict(self.repeated)
-        boundaries.around = self.around
+        boundaries.around, boundaries.in_place = self.around, self.boundaries.in_place
+        boundaries.end = self.end if boundaries.hidden else None
         for index, readers in enumerate(boundaries.readers):
+            if readers and self.boundaries.in_place and index not in self.places:
+                raise RuntimeError(
+                    f"block {index + 2} does not read the sum that was expected to be h_{index + 1}. {ADVICE}"
+                )
             if readers and index not in self.places:  # no one place where h_l is read: it is cut where it is made
                 self._say_several(index, readers[0])
                 boundaries.readers[index] = []
@@ -148,16 +159,21 @@ class Look(Watcher):
             h=[vectors(t.detach())[:1, :1] for t in h],
             n_y=vectors(y.detach()).shape[-1],
             positions=mean_length(boundaries.pairing(0, h[0]).padding, len(h[0]), lengths[0]) if h else 1,
-            beside=[] if boundaries.hidden else beside(self),
+            beside=[] if boundaries.hidden else reading.beside(self),
             changed=self.changed,
             apart=[index for index, read in self.read.items() if read is not self.made[index]],
             lengths=lengths,
             pathless=[index for index, below in enumerate(h) if not has_path([*h[1:], y][index], below)],
-            split=split(self) if boundaries.hidden else "",
+            split=reading.split(self) if boundaries.hidden else "",
         )
 
     def _check_output(self, boundaries: Boundaries, y: Tensor | None) -> None:
         name = type(boundaries.output).__name__
+        if boundaries.hidden and self.boundaries.in_place and self.end is None:
+            raise OutputNotReachedError(
+                "the blocks' residuals are added up outside of them, and so is that of the last block: expected one "
+                f"module that reads this sum once, found none. {ADVICE}"
+            )
         if y is None:
             ending = f"ended before y, the output of the {name}, was computed"
             if self.error is not None:
@@ -192,19 +208,21 @@ class Look(Watcher):
         """Learn what the masks say, and where the loss reads y if that is one position alone."""
         positions = boundaries.layout.vectors(h[0].detach()).shape[1]
         if self._gradients is None:  # taken once, as the graph is let go
-            self._gradients = self._take_gradients([h[0], self.made[len(boundaries)], self.logits], positions)
+            self._gradients = self._take_gradients([h[0], self.hidden_y, self.logits], positions)
         at_h, at_hidden, at_logits = self._gradients
         at_y = at_hidden if boundaries.hidden else at_logits
         if at_h is not None and boundaries.calls is not None and at_h.ndim == 3:
             boundaries.calls.masks.learn(boundaries.blocks[0], boundaries.layout.tokens(at_h).ne(0).any(-1))
         pooled = self.logits is not None and self.logits.ndim == 2
         of_tokens = not pooled and any(t.ndim > 1 and positions in t.shape[1:] for t in self.labels)
-        told = tells_loss(self) and not of_tokens  # else the first error tells
-        boundaries.read_at = read_position(boundaries.layout.vectors(at_y)) if told and at_y is not None else None
+        told = reading.tells_loss(self) and not of_tokens  # else the first error tells
+        boundaries.read_at = (
+            reading.read_position(boundaries.layout.vectors(at_y)) if told and at_y is not None else None
+        )
 
     def _take_gradients(self, at: list[Tensor | None], positions: int) -> list[Tensor | None]:
         found: list[Tensor | None] = [None] * len(at)
-        if (scalar := scalar_of(self, positions)) is None:
+        if (scalar := reading.scalar_of(self, positions)) is None:
             return found
         there = {i: t for i, t in enumerate(at) if t is not None}
         try:
@@ -278,15 +296,3 @@ def _look(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object
             seen.error = error
     seen.changed = trace.changed
     return seen
-
-
-def read_position(e: Tensor) -> ReadAt | None:
-    """Return where the loss reads y, by e, ``(batch, positions, n_y)``, if that is one position alone.
-
-    Samples without an error (a label that is ignored) say nothing.
-    """
-    read = e.ne(0).any(-1)
-    read = read[read.any(-1)]
-    if e.shape[1] == 1 or not len(read) or not bool((read.count_nonzero(1) == 1).all()):
-        return None
-    return "first" if bool(read[:, 0].all()) else "last"

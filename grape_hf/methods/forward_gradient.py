@@ -25,8 +25,9 @@ local losses and architecture are not part of it. Batch norms couple the samples
 samples' losses through the batch statistics are left out then, while in weight space they are all there.
 """
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -36,14 +37,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from grape_hf.core.blocks import find_blocks
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.hooks import Hook
 from grape_hf.core.isolation import isolated
 from grape_hf.core.jacobian import Noise
+from grape_hf.core.layout import AUTO
 from grape_hf.core.modes import Mode
 from grape_hf.core.tangents import ForwardModeError, dual_runner
-from grape_hf.engine.points import feedback_blocks
+from grape_hf.engine.points import FeedbackPoints
 from grape_hf.engine.step import MicroBatch
 from grape_hf.methods.base import seeded
 from grape_hf.training_args import GrapeArgumentsMixin
@@ -63,15 +64,17 @@ class ForwardGradient:
 
     def __init__(self, model: nn.Module, options: GrapeArgumentsMixin, seed: int = 0) -> None:
         self.model, self.seed = model, seed
-        self.boundaries: Boundaries | None = None
+        self.points: FeedbackPoints | None = None
+        self.boundaries: Boundaries | None = None  # seen in the first forward
         if options.perturbation_space == "activation":
-            blocks = feedback_blocks(find_blocks(model, options.blocks), options.feedback_points or 0)
-            if len(blocks) == 1:
+            options = copy.copy(options)
+            options.feedback_space = "hidden"
+            self.points = FeedbackPoints(model, options)
+            if len(self.points.blocks) == 1:
                 raise ValueError(
                     f'method="forward_gradient" perturbs what lies between blocks, and {type(model).__name__} has one '
                     'block. Name smaller ones with the option `blocks`, or use perturbation_space="weight".'
                 )
-            self.boundaries = Boundaries(list(blocks.values()))
 
     @contextmanager
     def step(self, batch: MicroBatch) -> Iterator[None]:
@@ -79,8 +82,10 @@ class ForwardGradient:
 
         Raises:
             ForwardModeError: if an operator of the model has no forward-mode derivative.
+            RuntimeError: in activation space, if the blocks do not run once each, in order, each on the output of the
+                one before.
         """
-        with _math_attention(), self._in_weights(batch) if self.boundaries is None else self._in_activations(batch):
+        with _math_attention(), self._in_weights(batch) if self.points is None else self._in_activations(batch):
             yield
 
     @contextmanager
@@ -94,27 +99,39 @@ class ForwardGradient:
 
     @contextmanager
     def _in_activations(self, batch: MicroBatch) -> Iterator[None]:
-        assert self.boundaries is not None
-        boundaries, noise = self.boundaries, Noise(self.seed, batch.step, batch.places)
-        star = _SlopeStar()
+        noise, star = Noise(self.seed, batch.step, batch.places), _SlopeStar()
 
         def look_ahead(model: nn.Module, args: tuple, kwargs: dict) -> None:
-            if torch.is_grad_enabled() and boundaries._mode is star:  # else generation, or this very pass
-                star.u.clear()
-                with isolated(model, deterministic=False), torch.no_grad():
-                    star.q = dual_runner(boundaries, lambda: model(*args, **kwargs))(perturb)
+            if not torch.is_grad_enabled() or star.ahead:  # generation, or this very pass
+                return
+            star.ahead = True
+            try:
+                q_of(model, args, kwargs)
+            finally:
+                star.ahead = False
 
-        def perturb(index: int, h: Tensor, *_: Any) -> Tensor:
-            layout = boundaries.layout
-            star.u[index] = layout.restore(noise.vectors(index, layout.vectors(h)), h.shape)
-            return star.u[index]
+        def q_of(model: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self.boundaries is None:
+                assert self.points is not None
+                _, self.boundaries, _ = self.points.look(lambda: model(*args, **kwargs))
+            boundaries = self.boundaries
+            if boundaries._mode is not star:
+                star.last, star.copied = len(boundaries), frozenset(boundaries.copied)
+                hooks.enter_context(boundaries.attached())
+                hooks.enter_context(boundaries._in_mode(star))
+            star.u.clear()
+
+            def perturb(index: int, h: Tensor, *_: Any) -> Tensor:
+                star.u[index] = AUTO.restore(noise.vectors(index, AUTO.vectors(h)), h.shape)
+                return star.u[index]
+
+            with isolated(model, deterministic=False), torch.no_grad():
+                star.q = dual_runner(boundaries, lambda: model(*args, **kwargs))(perturb)
 
         handle = self.model.register_forward_pre_hook(Hook(look_ahead), with_kwargs=True)
-        try:
-            with boundaries.attached(), boundaries._in_mode(star):
-                yield
-        finally:
-            handle.remove()
+        with ExitStack() as hooks:
+            hooks.callback(handle.remove)
+            yield
 
 
 @contextmanager
@@ -164,12 +181,16 @@ class _SlopeStar(Mode):
         u: what was injected at each boundary in the dual pass before the forward under way.
         q: the tangent that it caused at y.
         h: the boundary activations of the forward under way.
+        ahead: whether a dual pass is under way.
+        last: the number of the last block.
+        copied: the boundaries whose h_l is changed in place by what reads it.
     """
 
     def __init__(self) -> None:
         self.u: dict[int, Tensor] = {}
         self.q: Tensor | None = None
         self.h: dict[int, Tensor] = {}
+        self.ahead, self.last, self.copied = False, 0, frozenset[int]()
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         if not torch.is_grad_enabled():
@@ -181,10 +202,10 @@ class _SlopeStar(Mode):
                 'Name others with the option `blocks`, or use perturbation_space="weight".'
             )
         self.h[index] = h
-        return h.detach()
+        return h.detach().clone() if index in self.copied else h.detach()
 
     def at_output(self, y: Tensor, site: int) -> Tensor:
-        if not self.h or not torch.is_grad_enabled():
+        if not self.h or not torch.is_grad_enabled() or site < self.last:
             return y
         assert self.q is not None
         if any(len(u) != len(y) for u in self.u.values()):
