@@ -34,14 +34,17 @@ class Attention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v))
 
 
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+
+
 class Branches(nn.Module):
-    """Pairs of attention and MLP; ``add`` is x + f(x), and ``end`` makes the logits of what comes out of the last."""
+    """Attention and MLP in turn; ``add`` is x + f(x), and ``end`` makes the logits of what comes out of the last."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Linear(4, D)
-        mlps = [nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D)) for _ in "abc"]
-        self.layers = nn.ModuleList(nn.ModuleList([Attention(), mlp]) for mlp in mlps)
+        self.layers = nn.ModuleList(part for _ in range(LAYERS) for part in (Attention(), mlp()))
         self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, CLASSES)
 
     def add(self, x: Tensor, branch: nn.Module) -> Tensor:
@@ -55,8 +58,8 @@ class Branches(nn.Module):
 
     def hidden(self, x: Tensor) -> list[Tensor]:
         states = [self.stem(x)]
-        for attention, mlp in self.layers:
-            states.append(self.pair(states[-1], attention, mlp))
+        for layer in zip(self.layers[::2], self.layers[1::2], strict=True):
+            states.append(self.pair(states[-1], *layer))
         return states
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -121,28 +124,14 @@ class Twice(Branches):
         return {name: once[name] + again[name] for name in once}
 
 
-class Single(Branches):
-    """A plain list of branches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(mlp for _, mlp in self.layers)
-
-    def hidden(self, x: Tensor) -> list[Tensor]:
-        states = [self.stem(x)]
-        for branch in self.layers:
-            states.append(self.add(states[-1], branch))
-        return states
-
-
-class Maps(Single):
-    """The same of convolutions."""
+class Maps(Branches):
+    """The same with convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(1, D, 3, padding=1), nn.BatchNorm2d(D)
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(D), nn.ReLU(), nn.Conv2d(D, D, 3, padding=1)) for _ in range(LAYERS)
+            nn.Sequential(nn.BatchNorm2d(D), nn.ReLU(), nn.Conv2d(D, D, 3, padding=1)) for _ in range(2 * LAYERS)
         )
 
     def end(self, x: Tensor) -> Tensor:
@@ -168,7 +157,7 @@ class Inside(Branches):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleList([Sum(attention), Sum(mlp)]) for attention, mlp in self.layers)
+        self.layers = nn.ModuleList(Sum(branch) for branch in self.layers)
 
     def add(self, x: Tensor, branch: nn.Module) -> Tensor:
         return branch(x)
@@ -221,7 +210,109 @@ class NoModule(Branches):
         return x[:, 0] @ self.head.weight.T
 
 
-NETWORKS = [Branches, BranchFirst, Dropped, PostNorm, Checkpointed, InSegments, Mean, Twice, Single, Maps, Flat]
+class Lists(Branches):
+    """Each layer is a list, of which the model calls the parts: vit-pytorch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.layer(*pair) for pair in zip(self.layers[::2], self.layers[1::2], strict=True))
+
+    def layer(self, attention: nn.Module, mlp: nn.Module) -> nn.Module:
+        return nn.ModuleList([attention, mlp])
+
+    def run(self, layer: Any, x: Tensor) -> Tensor:
+        attention, mlp = layer
+        return self.add(self.add(x, attention), mlp)
+
+    def hidden(self, x: Tensor) -> list[Tensor]:
+        states = [self.stem(x)]
+        for layer in self.layers:
+            states.append(self.run(layer, states[-1]))
+        return states
+
+
+class Norms(Lists):
+    """Norms are parts, too, and stand in another order than the one in which they run."""
+
+    def layer(self, attention: nn.Module, mlp: nn.Module) -> nn.Module:
+        return nn.ModuleList([attention, mlp, nn.LayerNorm(D), nn.LayerNorm(D)])
+
+    def run(self, layer: Any, x: Tensor) -> Tensor:
+        attention, mlp, first, second = layer
+        x = x + attention(first(x))
+        return x + mlp(second(x))
+
+
+class Named(Norms):
+    """The same in a dictionary, with a dropout that runs twice in each layer."""
+
+    def layer(self, attention: nn.Module, mlp: nn.Module) -> nn.Module:
+        parts = {"dropout": nn.Dropout(0.1), "mlp": mlp, "attention": attention, "norm": nn.LayerNorm(D)}
+        return nn.ModuleDict(parts)
+
+    def run(self, layer: Any, x: Tensor) -> Tensor:
+        x = x + layer["dropout"](layer["attention"](layer["norm"](x)))
+        return x + layer["dropout"](layer["mlp"](x))
+
+
+class Added(Lists):
+    """Modules add the residual, with a scale of their own, and read x later than the branch: x-transformers'."""
+
+    def layer(self, attention: nn.Module, mlp: nn.Module) -> nn.Module:
+        return nn.ModuleList([nn.ModuleList([nn.LayerNorm(D), None]), attention, Scaled(), mlp, Scaled()])
+
+    def run(self, layer: Any, x: Tensor) -> Tensor:
+        (norm, _), attention, add, mlp, add_again = layer
+        x = add(attention(norm(x)), x)
+        return add_again(mlp(x), x)
+
+
+class Scaled(nn.Module):
+    """f + s x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(D))
+
+    def forward(self, f: Tensor, x: Tensor) -> Tensor:
+        return f + self.scale * x
+
+
+class Modules(Lists):
+    """The layers of ``Lists``, each in one module."""
+
+    def layer(self, attention: nn.Module, mlp: nn.Module) -> nn.Module:
+        return Whole(attention, mlp)
+
+    def run(self, layer: Any, x: Tensor) -> Tensor:
+        return layer(x)
+
+
+class Whole(nn.Sequential):
+    """Branches, each with its sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for branch in self:
+            x = x + branch(x)
+        return x
+
+
+NETWORKS = [
+    Branches,
+    BranchFirst,
+    Dropped,
+    PostNorm,
+    Checkpointed,
+    InSegments,
+    Mean,
+    Twice,
+    Maps,
+    Flat,
+    Lists,
+    Norms,
+    Named,
+    Added,
+]
 
 
 def rows() -> list[dict[str, Any]]:
@@ -262,7 +353,7 @@ def test_the_error_goes_to_every_block_and_by_no_other_way(tmp_path: Path) -> No
     before = fitted(Branches, rows(), tmp_path, Trainer, **(once | {"learning_rate": 0.0}))
     stock = fitted(Branches, rows(), tmp_path, Trainer, **once)
     got = fitted(Branches, rows(), tmp_path, method="dfa", feedback_init="zero", **once)
-    exact = {name for name in stock if name.startswith((f"layers.{LAYERS - 1}.1", "norm", "head"))}
+    exact = {name for name in stock if name.startswith((f"layers.{2 * LAYERS - 1}.", "norm", "head"))}
     assert_same({name: got[name] for name in exact}, {name: stock[name] for name in exact})
     below = stock.keys() - exact
     assert_same({name: got[name] for name in below}, {name: before[name] for name in below})
@@ -283,12 +374,21 @@ def test_the_error_goes_to_every_block_and_by_no_other_way(tmp_path: Path) -> No
         {"method": "forward_gradient", "perturbation_space": "activation", "alignment_steps": 0},
     ],
 )
-def test_it_learns_as_with_the_sums_inside_of_blocks(options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("networks", [(Branches, Inside), (Lists, Modules)], ids=["blocks", "layers"])
+def test_it_learns_as_with_the_sums_inside_of_blocks(
+    networks: tuple[type[nn.Module], type[nn.Module]], options: dict[str, Any], tmp_path: Path
+) -> None:
     """The same weights, feedback points and draws."""
-    options = {"alignment_steps": 1} | options
-    outside = fitted(Branches, rows(), tmp_path / "outside", **options)
-    inside = fitted(Inside, rows(), tmp_path / "inside", **options)
+    options = {"alignment_steps": 1, "feedback_points": 0} | options
+    outside, inside = (fitted(network, rows(), tmp_path / network.__name__, **options) for network in networks)
     assert_same(outside, {name.replace("branch.", ""): value for name, value in inside.items()}, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_a_layer_are_not_perturbed_by_their_weights(tmp_path: Path) -> None:
+    """What the layer computes of them is in no module."""
+    options = LEARNED | {"perturbation_space": "weight", "feedback_rule": "cosine"}
+    with pytest.raises(ValueError, match=r"That of layers\.0 is .* made by no one module"):
+        fitted(Added, rows(), tmp_path, **options)
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
@@ -296,7 +396,7 @@ def test_the_sum_is_perturbed_for_all_that_read_it(with_gradients: bool) -> None
     """What is put in the place of h_3 reaches y by the branches and by the sums."""
     torch.manual_seed(0)
     model, x, change = Branches().double(), torch.randn(2, 5, 4).double(), torch.randn(2, 5, D).double()
-    blocks = [branch for pair in model.layers for branch in pair]
+    blocks = list(model.layers)
     boundaries = Boundaries(blocks, readers=[[block] for block in blocks[1:]])
     shapes = look(model, boundaries, lambda: model(x, torch.tensor([0, 1]))).at(boundaries)
     assert not shapes.pathless

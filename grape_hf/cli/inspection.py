@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from grape_hf.core.blocks import ends
+from grape_hf.core.block_lists import ends
 from grape_hf.engine.run import GrapeRun
 from grape_hf.presets import ESTIMATING
 from grape_hf.reports.progress import chosen_preset

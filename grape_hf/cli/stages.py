@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from grape_hf.cli.report import _bytes, _count
-from grape_hf.core.blocks import ends, find_blocks
+from grape_hf.core.block_lists import ends
+from grape_hf.core.blocks import find_blocks
 from grape_hf.pipeline.cuts import balanced_cuts, given_cuts
 from grape_hf.pipeline.timing import Method, Stages, time_per_batch
 from grape_hf.training_args import GrapeArgumentsMixin

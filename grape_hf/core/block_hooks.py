@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grape_hf.core import nested
-from grape_hf.core.blocks import ends
+from grape_hf.core.block_lists import ends
 from grape_hf.core.in_place import as_made, part_of, replace, whole_of
 from grape_hf.core.modes import Mode, PerturbMode
 

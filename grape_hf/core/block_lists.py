@@ -18,6 +18,29 @@ WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase)
 _LISTS_IN_STAGES = ("blocks", "layers")
 
 
+class Unit(nn.Sequential):
+    """Consecutive modules of a plain stack, as one block: convolution, norm, activation, pool.
+
+    The model calls its parts and never the unit, so that hooks belong on the parts (``ends``).
+    """
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__(*parts)
+        self.ends = parts[0], parts[-1]
+
+
+class Layer(Unit):
+    """What a list holds as one item and the model calls part by part: norm, attention, norm, MLP.
+
+    Which part comes first, and which last, is seen when the model runs (``engine/layers.py``).
+    """
+
+
+def ends(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the module that gets a block's input and the one that makes its output: the block itself, twice."""
+    return block.ends if isinstance(block, Unit) else (block, block)
+
+
 def chains(module: nn.Module, prefix: str = "") -> Iterator[Chain]:
     """Outermost lists of composite modules, each as one chain: what lies inside a block (experts, heads) is not listed.
 
@@ -53,8 +76,23 @@ def items_of(module: nn.Module, name: str) -> Chain:
         return {}
     found: Chain = {}
     for child, item in blocks.items():
-        found |= _inner(item, child) or {child: item}
+        found |= _inner(item, child) or {child: _whole(item)}
     return found
+
+
+def _whole(item: nn.Module) -> nn.Module:
+    """An item of a list as one block, also where it is a list that nobody calls, of parts of several kinds."""
+    return Layer(*_parts(item)) if _is_uncalled(item) else item
+
+
+def _parts(item: nn.Module) -> list[nn.Module]:
+    inner = [_parts(part) if _is_uncalled(part) else [part] for part in item.children()]
+    return [part for parts in inner for part in parts]
+
+
+def _is_uncalled(module: nn.Module) -> bool:
+    """Whether a module holds others and is never called: it has no ``forward`` (lists, dictionaries)."""
+    return type(module).forward is nn.Module.forward and any(True for _ in module.children())
 
 
 def _inner(item: nn.Module, name: str) -> Chain:
@@ -66,8 +104,10 @@ def _inner(item: nn.Module, name: str) -> Chain:
     if isinstance(item, nn.Sequential | nn.ModuleList):
         if isinstance(item, nn.Sequential) and type(item).forward is not nn.Sequential.forward:  # no chain (RDNet)
             return {}
-        children = {f"{name}.{child}": block for child, block in item.named_children()}
-        return items_of(item, name) if all(map(is_block, children.values())) else {}
+        children = list(item.children())
+        # Lists of unlike parts are layers, which the model takes apart: attention and MLP.
+        unlike = isinstance(item, nn.ModuleList) and len({type(part) for part in children}) > 1
+        return items_of(item, name) if all(map(is_block, children)) and not unlike else {}
     parts = list(item.named_children())
     lists = [place for place, (child, _) in enumerate(parts) if child in _LISTS_IN_STAGES]
     if len(lists) != 1 or hasattr(item, "shortcut"):

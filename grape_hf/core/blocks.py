@@ -17,23 +17,11 @@ from typing import Any
 
 from torch import nn
 
-from grape_hf.core.block_lists import WEIGHTED, Chain, chains, has_parameters, is_block, items_of, join
+from grape_hf.core.block_lists import WEIGHTED, Chain, Unit, chains, ends, has_parameters, is_block, items_of, join
 from grape_hf.core.parts import encoder_rests, stacks
 
 # A list is taken without asking when it holds this share of the parameters in all lists that could be meant.
 DOMINANT_SHARE = 2 / 3
-
-
-class Unit(nn.Sequential):
-    """Consecutive modules of a plain stack, as one block: convolution, norm, activation, pool.
-
-    The model calls its parts and never the unit, so that hooks belong on the parts (``ends``).
-    """
-
-
-def ends(block: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return the module that gets a block's input and the one that makes its output: the block itself, twice."""
-    return (block[0], block[-1]) if isinstance(block, Unit) else (block, block)
 
 
 def find_blocks(model: nn.Module, blocks: str | None = None) -> Chain:

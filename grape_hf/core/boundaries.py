@@ -36,7 +36,7 @@ from torch.utils.hooks import RemovableHandle
 from grape_hf.core import nested
 from grape_hf.core.backward_effects import BackwardEffects
 from grape_hf.core.block_hooks import BlockHook, OutputHook, ReaderHook
-from grape_hf.core.blocks import ends
+from grape_hf.core.block_lists import ends
 from grape_hf.core.broadcast import NO_REFINEMENT, BroadcastMode, Keep, Refinement
 from grape_hf.core.hooks import Hook
 from grape_hf.core.layout import AUTO, Layout, Pairing

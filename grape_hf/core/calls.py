@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from grape_hf.core import nested
 from grape_hf.core.arguments import copied
-from grape_hf.core.blocks import ends
+from grape_hf.core.block_lists import ends
 from grape_hf.core.graph import in_backward
 from grape_hf.core.hooks import Hook
 from grape_hf.core.isolation import random_states

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grape_hf.core import nested
-from grape_hf.core.blocks import ends
+from grape_hf.core.block_lists import ends
 
 logger = logging.getLogger(__name__)
 

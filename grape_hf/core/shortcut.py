@@ -43,7 +43,9 @@ def shortcut_feedback(
         ValueError: if a block has no shortcut, so that nothing of its input arrives at y.
     """
     chain = boundaries.blocks if chain is None else chain
-    branches = [p for block in chain[chain.index(boundaries.blocks[0]) + 1 :] for p in _branch(block)]
+    first = next(boundaries.blocks[0].parameters())
+    start = next(i for i, block in enumerate(chain, 1) if any(p is first for p in block.parameters()))
+    branches = [p for block in chain[start:] for p in _branch(block)]
     values = [p.detach().clone() for p in branches]
     h: list[Tensor] = []
 

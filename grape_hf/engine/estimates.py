@@ -62,9 +62,9 @@ class Estimates:
         asked = self.options.perturbation_space
         if asked == "weight" and shapes.apart:
             raise ValueError(
-                f'perturbation_space="weight" perturbs the weights of a block and takes its output for h_l, and the '
-                f"model changes that of {names[shapes.apart[0]]} before the next block reads it. Use "
-                'perturbation_space="activation".'
+                f'perturbation_space="weight" perturbs the weights of a block and takes its output for h_l. That of '
+                f"{names[shapes.apart[0]]} is changed by the model before the next block reads it, or is made by no "
+                'one module. Use perturbation_space="activation".'
             )
         self.spaces = [
             "weight" if index not in shapes.apart and self._in_weight_space(block, h.shape[-1]) else "activation"

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from grape_hf.core import nested
 from grape_hf.core.block_hooks import no_hidden_states
-from grape_hf.core.blocks import ends
+from grape_hf.core.block_lists import ends
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.channels import Channels
 from grape_hf.core.graph import Mark, graph_of, in_backward, is_mark, marks_of, parameters_of

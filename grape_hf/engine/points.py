@@ -12,7 +12,8 @@ from typing import Any
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
-from grape_hf.core.blocks import ends, find_blocks
+from grape_hf.core.block_lists import ends
+from grape_hf.core.blocks import find_blocks
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError
 from grape_hf.core.calls import Calls
 from grape_hf.core.graph import parameters_of
@@ -20,6 +21,7 @@ from grape_hf.core.isolation import is_compiled
 from grape_hf.core.layout import Layout
 from grape_hf.core.parts import find_encoder, find_head
 from grape_hf.core.shortcut import shortcuts_of
+from grape_hf.engine.layers import settle_ends
 from grape_hf.engine.probe import BatchNotFirstError, Probe, look
 from grape_hf.engine.ranks import is_sharded
 from grape_hf.presets import BASELINES
@@ -93,7 +95,9 @@ class FeedbackPoints:
             if space == "logits":
                 raise
             head = None
+        layers = settle_ends(self.model, self.chain, forward)
         at_head, at_hidden = boundaries(head), boundaries(None)
+        at_head.in_place = layers  # more parts of the next layer than its first may read what a layer makes
         seen = look(self.model, at_head, forward)
         if not whole:  # of shards the graph holds others than the model does
             self._say_untrained([seen.made[index] for index in range(len(self.names))])
@@ -131,8 +135,6 @@ class FeedbackPoints:
             self._judge_split(hidden.split)
             return "hidden", at_hidden, hidden
         assert logits is not None
-        if seen.boundaries.in_place and seen.end is None:  # a sum that no module reads
-            return "logits", at_head, logits
         hidden = seen.at(at_hidden, numbers=not whole)
         split = hidden.split == "made last" or (hidden.split and self.options.feedback_sweeps)
         if not split and (scattered or hidden.n_y <= logits.n_y or (seen.tokens(at_head.layout) and not whole)):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from grape_hf.core import nested
 from grape_hf.core.backward_effects import gradients_aside
+from grape_hf.core.block_lists import Layer
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError
 from grape_hf.core.in_place import ADVICE
 from grape_hf.core.isolation import isolated
@@ -49,7 +50,8 @@ class Probe:
         positions: how many positions h_1 has that are no padding, in the mean over samples.
         beside: what but the head may read the output of the last block: empty if nothing does.
         changed: names of the parameters that a forward changes.
-        apart: boundaries at which something lies between a block and the next, so that h_l is not the block's output.
+        apart: boundaries at which h_l is not the output of a module: something lies between a block and the next, or
+            the model puts the block's parts together.
         lengths: how many positions each h_l has, with those that are padding.
         split: what else of the last block the loss reads than y; see ``reading.split``.
         pathless: boundaries that no shortcut connection leads down to from the next, or from y.
@@ -104,6 +106,7 @@ def look(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object]
     if seen.summed:
         boundaries.in_place = True
         seen = _look(model, boundaries, forward, deterministic)
+    if boundaries.in_place:
         reading.refuse_read_elsewhere(seen)
     seen.check_order()
     reading.settle_last(seen)
@@ -122,7 +125,7 @@ class Look(Watcher):
         self._check_output(boundaries, y)
         assert y is not None
         h = [self.read.get(index, self.made[index]) for index in range(len(boundaries))]
-        last, logits = self.made[len(boundaries)], self.logits
+        last, logits, blocks = self.made[len(boundaries)], self.logits, boundaries.blocks
         odd = logits is not None and any(t.ndim > 3 and len(t) != len(logits) for t in h)
         if logits is not None and odd and not is_folded(last, logits):
             raise RuntimeError(
@@ -161,7 +164,7 @@ class Look(Watcher):
             positions=mean_length(boundaries.pairing(0, h[0]).padding, len(h[0]), lengths[0]) if h else 1,
             beside=[] if boundaries.hidden else reading.beside(self),
             changed=self.changed,
-            apart=[index for index, read in self.read.items() if read is not self.made[index]],
+            apart=[i for i, h in self.read.items() if h is not self.made[i] or isinstance(blocks[i], Layer)],
             lengths=lengths,
             pathless=[index for index, below in enumerate(h) if not has_path([*h[1:], y][index], below)],
             split=reading.split(self) if boundaries.hidden else "",
@@ -169,11 +172,6 @@ class Look(Watcher):
 
     def _check_output(self, boundaries: Boundaries, y: Tensor | None) -> None:
         name = type(boundaries.output).__name__
-        if boundaries.hidden and self.boundaries.in_place and self.end is None:
-            raise OutputNotReachedError(
-                "the blocks' residuals are added up outside of them, and so is that of the last block: expected one "
-                f"module that reads this sum once, found none. {ADVICE}"
-            )
         if y is None:
             ending = f"ended before y, the output of the {name}, was computed"
             if self.error is not None:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grape_hf.core import nested
-from grape_hf.core.block_lists import Chain
-from grape_hf.core.blocks import Unit, ends
+from grape_hf.core.block_lists import Chain, Unit, ends
 from grape_hf.core.channels import Channels
 
 INPUTS = ("input_ids", "pixel_values")
