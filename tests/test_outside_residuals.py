@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
 from grape_hf import GrapeTrainer
+from grape_hf.core.blocks import find_blocks
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.in_place import as_made, replace
 from grape_hf.engine.probe import look
@@ -382,6 +383,12 @@ def test_it_learns_as_with_the_sums_inside_of_blocks(
     options = {"alignment_steps": 1, "feedback_points": 0} | options
     outside, inside = (fitted(network, rows(), tmp_path / network.__name__, **options) for network in networks)
     assert_same(outside, {name.replace("branch.", ""): value for name, value in inside.items()}, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", [Lists, Added, Named])
+def test_layers_are_the_same_where_their_list_is_named(network: type[nn.Module]) -> None:
+    found, named = find_blocks(network()), find_blocks(network(), "layers")
+    assert list(found) == list(named) == [f"layers.{i}" for i in range(LAYERS)]
 
 
 def test_parts_of_a_layer_are_not_perturbed_by_their_weights(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ the chains that are found here gets direct feedback is decided in ``blocks.py``.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -76,13 +76,18 @@ def items_of(module: nn.Module, name: str) -> Chain:
         return {}
     found: Chain = {}
     for child, item in blocks.items():
-        found |= _inner(item, child) or {child: _whole(item)}
+        found |= _inner(item, child) or {child: whole(item)}
     return found
 
 
-def _whole(item: nn.Module) -> nn.Module:
-    """An item of a list as one block, also where it is a list that nobody calls, of parts of several kinds."""
+def whole(item: nn.Module) -> nn.Module:
+    """An item of a list as one block, also where nobody calls it itself."""
     return Layer(*_parts(item)) if _is_uncalled(item) else item
+
+
+def are_unlike(parts: Iterable[nn.Module]) -> bool:
+    """Whether the items of a list are the parts of one layer, which the model takes apart: attention and MLP."""
+    return len({type(part) for part in parts}) > 1
 
 
 def _parts(item: nn.Module) -> list[nn.Module]:
@@ -105,8 +110,7 @@ def _inner(item: nn.Module, name: str) -> Chain:
         if isinstance(item, nn.Sequential) and type(item).forward is not nn.Sequential.forward:  # no chain (RDNet)
             return {}
         children = list(item.children())
-        # Lists of unlike parts are layers, which the model takes apart: attention and MLP.
-        unlike = isinstance(item, nn.ModuleList) and len({type(part) for part in children}) > 1
+        unlike = isinstance(item, nn.ModuleList) and are_unlike(children)
         return items_of(item, name) if all(map(is_block, children)) and not unlike else {}
     parts = list(item.named_children())
     lists = [place for place, (child, _) in enumerate(parts) if child in _LISTS_IN_STAGES]

@@ -17,7 +17,19 @@ from typing import Any
 
 from torch import nn
 
-from grape_hf.core.block_lists import WEIGHTED, Chain, Unit, chains, ends, has_parameters, is_block, items_of, join
+from grape_hf.core.block_lists import (
+    WEIGHTED,
+    Chain,
+    Unit,
+    are_unlike,
+    chains,
+    ends,
+    has_parameters,
+    is_block,
+    items_of,
+    join,
+    whole,
+)
 from grape_hf.core.parts import encoder_rests, stacks
 
 # A list is taken without asking when it holds this share of the parameters in all lists that could be meant.
@@ -57,11 +69,12 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> Chain:
 
 
 def _expanded(module: nn.Module, name: str) -> Chain:
-    """The items of a list, and of lists among them that are never called."""
+    """The items of a list, and of lists of like items among them that are never called."""
     found: Chain = {}
     for child, item in module.named_children():
         inner = f"{name}.{child}"
-        found |= _expanded(item, inner) if isinstance(item, nn.ModuleList | nn.ModuleDict) else {inner: item}
+        listed = isinstance(item, nn.ModuleList | nn.ModuleDict) and not are_unlike(item.children())
+        found |= _expanded(item, inner) if listed else {inner: whole(item)}
     return found
 
 
