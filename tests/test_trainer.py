@@ -461,6 +461,35 @@ def test_the_mixin_serves_a_users_trainer(tmp_path):
     assert not torch.allclose(ours.model.transformer.h[0].mlp.c_fc.weight, stock.model.transformer.h[0].mlp.c_fc.weight)
 
 
+class Halves(GrapeTrainer):
+    """Cuts a batch by itself, and hands every part to the step of the class that it is derived from."""
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        parts = ({name: value[half] for name, value in inputs.items()} for half in (slice(0, 2), slice(2, None)))
+        losses = [super(Halves, self).training_step(model, part, *args, **kwargs) for part in parts]
+        for p in model.parameters():
+            p.grad /= 2
+        return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"feedback_sweeps": 1},
+        {"calibration_strategy": "steps", "calibration_interval": 2, "calibration_refit": True, "method": "dfa"},
+    ],
+    ids=str,
+)
+def test_a_step_that_calls_ours_for_each_part_of_a_batch_is_one_of_accumulation(options, tmp_path):
+    """B_l learned from the first part twice, and the second part got another B_l than the first."""
+    parted = train(PLAIN, tmp_path, Halves, dtype=torch.float64, max_steps=5, **options)
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    whole = train(PLAIN, tmp_path, dtype=torch.float64, max_steps=5, **options)
+    assert_same(weights(parted), weights(whole), rtol=1e-9, atol=1e-12)
+    assert logged(parted, "grape/calibration/steps") == logged(whole, "grape/calibration/steps")
+
+
 class Whole(Trainer):
     """A user's step from the first line to the last, as adversarial training and old scripts have it."""
 

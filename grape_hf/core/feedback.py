@@ -131,6 +131,16 @@ class Feedback:
             maps.G = [normalize_columns(g) for g in maps.G]
         self.rule, self.lr, self.normalize = rule, lr, normalize
         self.guard, self.maps = guard or FiniteGuard(), maps
+        self._began: list[Tensor] | None = None  # what was learned when the step began, if it has been refined since
+
+    def begin(self, again: bool = False) -> None:
+        """Begin an optimiser step, or go on with one that seemed to have ended: what it has refined is taken back.
+
+        Its sums go on growing, and refine what it began with when it ends once more.
+        """
+        if again and self._began is not None:
+            self.put(self._began)
+        self._began = None
 
     def refine(self, estimate: JacobianSum) -> None:
         """Learn from the sums of one optimiser step; for ``lms`` they must be those of the residual (``B`` given)."""
@@ -175,6 +185,7 @@ class Feedback:
 
     def take(self, refined: list[Tensor]) -> None:
         """Replace what was learned, unless a number in the new is NaN or Inf (``FiniteGuard``)."""
+        self._began = self.learned if self._began is None else self._began
         taken = self.guard.admit(self.learned, [normalize_columns(b) for b in refined] if self.normalize else refined)
         self.put(taken)
 

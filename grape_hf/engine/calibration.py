@@ -93,7 +93,7 @@ class CalibrationSchedule:
 
     def taken(self, step: int) -> None:
         """Remember that ``step`` was a calibration step."""
-        self.last_step, self.count = step, self.count + 1
+        self.last_step, self.count = step, self.count + (step != self.last_step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run has to know."""

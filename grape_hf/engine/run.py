@@ -137,6 +137,7 @@ class GrapeRun:
 
     def begin_step(self, step: int) -> None:
         """Say which optimiser step the coming micro-batch belongs to; decides what kind of step it is, once."""
+        self.feedback.begin(again=step == self.current_step)  # a training_step may call ours several times
         if step == self.current_step:
             return
         self._points.check(self.boundaries, step)
@@ -225,13 +226,12 @@ class GrapeRun:
                 yield forwards
             self.measures.note_chain(forwards, self.feedback)
         else:
-            options = self.options
             B: list[Matrix | None] = [
                 None if not self.drift.cuts(i) else "identity" if self._identity else b
                 for i, b in enumerate(self.feedback.B)
             ]
-            by_path = options.feedback_path == "shortcut"
-            refinement = Refinement(self.maps, self.learning, options.feedback_sweeps or 0, by_path)
+            by_path = self.options.feedback_path == "shortcut"
+            refinement = Refinement(self.maps, self.learning, self.options.feedback_sweeps or 0, by_path)
             with self.boundaries.broadcast(B, mask, self._keep(), refinement) as forwards:
                 yield forwards
             if self.learning and self.maps is not None:
