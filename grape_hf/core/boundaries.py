@@ -112,7 +112,7 @@ class Boundaries:
         self._mode: Mode | None = None
         self._read_before: dict[int, tuple[Mode, Tensor, Any, Tensor]] = {}  # by a decoder's earlier blocks
         self.last_checked = self._warned = False
-        self.effects = BackwardEffects(self.blocks)
+        self.effects = BackwardEffects(nn.ModuleList(self.blocks) if calls is None else calls.model)
 
     def __len__(self) -> int:
         """Count the feedback points, L - 1."""

@@ -118,13 +118,13 @@ class Look(Watcher):
         h = [self.read.get(index, self.made[index]) for index in range(len(boundaries))]
         last, logits = self.made[len(boundaries)], self.logits
         odd = logits is not None and any(t.ndim > 3 and len(t) != len(logits) for t in h)
-        if logits is not None and odd and not is_folded(last, logits):
+        if logits is not None and odd and not is_folded(self.model, last, logits):
             raise RuntimeError(
                 "expected the batch as the first dimension of every block's output, as it is at y "
                 f"({len(logits)}), found {sorted({len(t) for t in h})}. Blocks that stack several streams of "
                 "activations cannot get direct feedback: name others with the option `blocks`."
             )
-        if h and (any(len(t) != len(y) for t in h) or (not boundaries.hidden and is_turned(h[-1], y))):
+        if h and (any(len(t) != len(y) for t in h) or (not boundaries.hidden and is_turned(self.model, h[-1], y))):
             way = 'use feedback_space="hidden"; else name others' if not boundaries.hidden else "name those alone"
             raise BatchNotFirstError(
                 f"expected the batch as the first dimension of every block's output, as it is at y ({len(y)}), found "
