@@ -286,3 +286,6 @@ def test_shapes_that_fit():
     assert torch.equal(fit(keep, torch.Size((2, 5)), False, False), F.pad(keep, (2, 0), value=True))  # prompt tokens
     assert fit(keep, torch.Size((2, 49)), False, False) is None  # samples and frames
     assert fit(keep, torch.Size((5, 3)), False, False) is None
+    square, triangle = torch.Size((3, 3)), torch.ones(3, 3).tril().bool()  # of queries and keys, for three samples
+    assert fit(triangle, square, True, False) is fit(~triangle, square, True, False) is None
+    assert torch.equal(fit(F.pad(keep, (0, 0, 0, 1)), square, True, False), F.pad(keep, (0, 0, 0, 1)))
