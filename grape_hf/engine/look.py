@@ -7,18 +7,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils.hooks import RemovableHandle
 
 from grape_hf.core import nested
+from grape_hf.core.backward_effects import REENTRANT
 from grape_hf.core.block_hooks import no_hidden_states
 from grape_hf.core.blocks import ends
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.channels import Channels
-from grape_hf.core.graph import Mark, in_backward, is_mark, marks_of, parameters_of
+from grape_hf.core.graph import Mark, in_backward, in_reentrant_checkpoint, is_mark, marks_of, parameters_of
 from grape_hf.core.hooks import Hook
 from grape_hf.core.layout import Layout
 
 logger = logging.getLogger(__name__)
+
+NO_GRADIENTS = (
+    "A loss that runs the model without gradients first, and with them in the backward (a cached loss), cannot be "
+    'trained by direct feedback: compute it at once, or use method="bp". '
+    "Where the first steps run the blocks under `no_grad`, freeze these in place of it (`requires_grad_(False)`, in a "
+    "callback's `on_step_begin`)."
+)
 
 
 class Watcher:
@@ -44,6 +53,7 @@ class Watcher:
         changed: names of the parameters that it changed.
         labels: the labels that it was called with.
         apart: whether blocks have made something beside their hidden states that does not depend on those before.
+        idle: whether a block ran without gradients; ``hidden_graph``, whether inside a reentrant checkpoint.
     """
 
     def __init__(self, model: nn.Module, boundaries: Boundaries) -> None:
@@ -67,7 +77,7 @@ class Watcher:
         self.error: Exception | None = None
         self.changed: list[str] = []
         self.labels: list[Tensor] = []
-        self.apart = False
+        self.apart = self.hidden_graph = self.idle = False
         self._said: set[int] = set()
         behind = zip(boundaries.readers, boundaries.blocks[1:], strict=True)
         self._channels = Channels([readers[0] if readers else block for readers, block in behind])
@@ -96,6 +106,7 @@ class Watcher:
     def _block_hook(self, index: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             if not torch.is_grad_enabled():
+                self.idle, self.hidden_graph = True, self.hidden_graph or in_reentrant_checkpoint()
                 return None
             if in_backward():  # a checkpointed segment runs again
                 return nested.map_tensors(output, lambda t: Mark.apply(t, None) if t.is_floating_point() else t)
@@ -144,6 +155,32 @@ class Watcher:
         """Whether the block's own weights had a part in what it returned."""
         own = {id(p) for p in self.boundaries.blocks[index].parameters()}
         return bool(own & parameters_of([t], ends=is_mark))
+
+    def unseen(self) -> str:
+        """Say why no block was seen to run with gradients."""
+        blocks = self.boundaries.blocks
+        if self.hidden_graph:
+            return (
+                "the blocks run inside a checkpoint that makes their graph in the backward, where it cannot be cut. "
+                f"{REENTRANT} In a forward of your own call checkpoint(..., use_reentrant=False)."
+            )
+        if any(isinstance(module, GraphModule) for module in self.model.modules()):
+            return (
+                "no block was called: torch.fx has traced the model, which calls what is inside of blocks and never "
+                "these. Train the model itself and trace it afterwards, or trace it with blocks as leaves "
+                "(`torch.fx.Tracer.is_leaf_module`)."
+            )
+        about = f"these blocks ({len(blocks)} of them, the first a {type(blocks[0]).__name__})"
+        if self.idle and not any(p.requires_grad for block in blocks for p in block.parameters()):
+            return (
+                f"{about} ran without gradients, and nothing in them trains: expected blocks of what trains. Name "
+                "those with the option `blocks`."
+            )
+        return (
+            f"no forward with gradients ran through the blocks inside `compute_loss`. {NO_GRADIENTS} If the model "
+            f"does not call {about}, or calls their `forward` itself, which no hook sees, name others with the option "
+            "`blocks`."
+        )
 
     def say_apart(self) -> None:
         """Warn of blocks that hand on several streams, of which one is cut."""

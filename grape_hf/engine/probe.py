@@ -26,13 +26,6 @@ from grape_hf.engine.rows import is_folded, is_turned
 
 logger = logging.getLogger(__name__)
 
-NO_GRADIENTS = (
-    "A loss that runs the model without gradients first, and with them in the backward (a cached loss), cannot be "
-    'trained by direct feedback: compute it at once, or use method="bp". '
-    "Where the first steps run the blocks under `no_grad`, freeze these in place of it (`requires_grad_(False)`, in a "
-    "callback's `on_step_begin`)."
-)
-
 
 class BatchNotFirstError(RuntimeError):
     """Blocks and head have the batch in different dimensions."""
@@ -221,11 +214,7 @@ class Look(Watcher):
         """Raise RuntimeError if the blocks are no chain."""
         total = len(self.boundaries.blocks)
         if not self.order and self.error is None:
-            raise RuntimeError(
-                f"no forward with gradients ran through the blocks inside `compute_loss`. {NO_GRADIENTS} If the model "
-                f"does not call these blocks ({total} of them, the first a {self._kind(0)}), or calls their `forward` "
-                "itself, which no hook sees, name others with the option `blocks`."
-            )
+            raise RuntimeError(self.unseen())
         if self.order != list(range(total)):
             if self.error is not None:
                 raise self.error
