@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from grape_hf.core import nested
-from grape_hf.core.backward_effects import gradients_aside
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError, ReadAt
 from grape_hf.core.isolation import isolated
 from grape_hf.core.padding import mean_length
 from grape_hf.core.paths import has_path
 from grape_hf.engine.look import Watcher
 from grape_hf.engine.reading import beside, scalar_of, settle_last, split, tells_loss
-from grape_hf.engine.rows import is_folded, is_turned
+from grape_hf.engine.rows import gradients, is_folded, is_turned, sends_nothing
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +193,11 @@ class Look(Watcher):
         of_tokens = not pooled and any(t.ndim > 1 and positions in t.shape[1:] for t in self.labels)
         told = tells_loss(self) and not of_tokens  # else the first error tells
         boundaries.read_at = read_position(boundaries.layout.vectors(at_y)) if told and at_y is not None else None
+        if told and at_y is not None and boundaries.read_at is None:
+            pairs = {i: (self.made[i], read) for i, read in self.read.items() if i not in boundaries.pooled}
+            boundaries.mixed = {
+                i for i, pair in pairs.items() if sends_nothing(self.model, *pair, at_y, boundaries.layout)
+            }
 
     def _take_gradients(self, at: list[Tensor | None], positions: int) -> list[Tensor | None]:
         found: list[Tensor | None] = [None] * len(at)
@@ -201,12 +205,12 @@ class Look(Watcher):
             return found
         there = {i: t for i, t in enumerate(at) if t is not None}
         try:
-            with isolated(self.model, False), gradients_aside(list(self.model.parameters())):
-                gradients = torch.autograd.grad(scalar, list(there.values()), allow_unused=True)
+            apart = any(read is not self.made[index] for index, read in self.read.items())
+            taken = gradients(self.model, scalar, list(there.values()), keep=apart)
         except RuntimeError as error:  # whoever trains this model will be told in the step itself
             logger.info(f"GrAPE: no gradient could be taken at the first look: {error}")
             return found
-        for i, gradient in zip(there, gradients, strict=True):
+        for i, gradient in zip(there, taken, strict=True):
             found[i] = gradient
         return found
 

@@ -1,10 +1,11 @@
-"""Which rows of activations belong to which sample, by the gradient of one row of the head's output."""
+"""Which rows of activations belong to which sample, and which positions to which: by gradients at the first look."""
 
 import torch
 from torch import Tensor, nn
 
 from grape_hf.core.backward_effects import gradients_aside
 from grape_hf.core.isolation import isolated
+from grape_hf.core.layout import Layout
 
 
 def is_turned(model: nn.Module, h: Tensor, y: Tensor) -> bool:
@@ -37,6 +38,42 @@ def _reached_by_first(model: nn.Module, h: Tensor, y: Tensor) -> Tensor | None:
     """Where h has a part in the first row of y; None if that cannot be told."""
     if h.is_meta or not y.requires_grad:
         return None
-    with isolated(model, False), gradients_aside(list(model.parameters())):  # a checkpointed head runs again
-        (gradient,) = torch.autograd.grad(y[0].sum(), h, retain_graph=True, allow_unused=True)
+    (gradient,) = gradients(model, y[0].sum(), [h])
     return None if gradient is None else gradient.ne(0)
+
+
+def sends_nothing(model: nn.Module, made: Tensor, read: Tensor, e: Tensor, layout: Layout) -> bool:
+    """Whether errors at the positions of ``e`` that have one reach nothing that a block made, by what lies behind it.
+
+    What the next block reads there are mask tokens (MAE), say.
+
+    Args:
+        model: the model.
+        made: what the block made.
+        read: h_l as the next block reads it.
+        e: error at y.
+        layout: how these are seen as vectors.
+    """
+    there, h = layout.vectors(e).ne(0).any(-1, keepdim=True), layout.vectors(read.detach())
+    if read is made or not read.requires_grad or h.shape[:2] != there.shape[:2] or not there.any():
+        return False
+    generator = torch.Generator().manual_seed(0)  # no sum, which a norm sends nothing of
+    errors = torch.randn(h.shape, generator=generator).to(h) * there
+    (gradient,) = gradients(model, read, [made], layout.restore(errors, read.shape))
+    return gradient is None or not gradient.any()
+
+
+def gradients(
+    model: nn.Module, output: Tensor, inputs: list[Tensor], e: Tensor | None = None, keep: bool = True
+) -> list[Tensor | None]:
+    """Return gradients of a graph of the model's, which runs again where it is checkpointed, without a trace.
+
+    Args:
+        model: the model.
+        output: of what.
+        inputs: at which.
+        e: the gradient at ``output``, if that is no scalar.
+        keep: whether the graph is to be used again.
+    """
+    with isolated(model, False), gradients_aside(list(model.parameters())):
+        return list(torch.autograd.grad(output, inputs, e, retain_graph=keep, allow_unused=True))
