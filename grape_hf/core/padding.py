@@ -159,6 +159,7 @@ class Masks:
             f"{name} {tuple(mask.shape)}"
             for name, mask in masks.items()
             if _is_of(self._role[block], name, True) and self.meanings.get((name, mask.dtype)) != "nothing"
+            if not (mask.ndim == 2 and _is_causal(counts(mask, self._meaning(name, mask))))  # of no sample
         ]
         if found:
             self._said = True
@@ -218,7 +219,7 @@ def fit(mask: Tensor, shape: torch.Size, exact: bool, past: bool) -> Tensor | No
     if mask.ndim != 2:
         return None
     if mask.shape == shape:
-        return None if batch == positions and _is_causal(mask) else mask
+        return None if _is_causal(mask) else mask
     if tuple(mask.shape) == (positions, batch):
         return mask.mT
     if exact or len(mask) != batch:
@@ -231,8 +232,8 @@ def fit(mask: Tensor, shape: torch.Size, exact: bool, past: bool) -> Tensor | No
 
 
 def _is_causal(mask: Tensor) -> bool:
-    """Whether a mask is of positions by positions, of which there are as many as samples. Looks at its numbers."""
-    if torch.compiler.is_compiling() or mask.is_meta or len(mask) == 1:
+    """Whether a mask is of positions by positions, as no samples are padded. Looks at its numbers if it is square."""
+    if torch.compiler.is_compiling() or mask.is_meta or len(mask) == 1 or mask.shape[0] != mask.shape[1]:
         return False
     below = torch.ones_like(mask).tril()
     return torch.equal(mask, below) or torch.equal(mask, ~below)  # torch's say what is not heeded

@@ -222,10 +222,12 @@ class Look(Watcher):
         if self.order != list(range(total)):
             if self.error is not None:
                 raise self.error
+            hint = " Those under `no_grad` are not seen: freeze them instead (`requires_grad_(False)`)."
             raise RuntimeError(
                 f"expected blocks 1 to {total} to run once each and in order, saw them run in the order "
-                f"{[index + 1 for index in self.order]}. Direct feedback needs a chain of blocks: name others, or these"
-                ' in order, with the option `blocks`. With several forwards for a head use feedback_space="hidden".'
+                f"{[index + 1 for index in self.order]}.{hint if self.idle else ''} Direct feedback needs a chain of "
+                "blocks: name others, or these in order, with the option `blocks`. With several forwards for a head "
+                'use feedback_space="hidden".'
             )
         for index in range(1, total):
             self._check(index, self.inputs[index])
@@ -247,7 +249,7 @@ class Look(Watcher):
             raise (OutputNotReachedError if head else RuntimeError)(
                 f"{what} was expected to work on h_{index}, the output of block {index}, and on no other block's; it "
                 f"works on {names}. Direct feedback needs a chain of blocks: name others with the option `blocks`, a "
-                "whole group of blocks that share their inputs as one."
+                f"whole group of blocks that share their inputs as one{'' if used else ', or those behind a `detach`'}."
             )
 
     def _kind(self, index: int) -> str:

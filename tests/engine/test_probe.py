@@ -120,6 +120,27 @@ def test_blocks_that_run_without_gradients_are_refused_with_the_reason(way):
     assert count_hooks(model) == 0
 
 
+def test_blocks_that_a_forward_does_not_train_are_told_of():
+    class Stopped(SideBySide):
+        def __init__(self, detached: bool) -> None:
+            super().__init__()
+            self.detached = detached
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(self.detached):
+                x = self.left[0](x)
+            return self.head(self.right(self.left[1](x.detach())) if self.detached else self.left[1](x))
+
+    for model, reason in (
+        (Stopped(True), r"works on none of them.*or those behind a `detach`"),
+        (Stopped(False), r"in the order \[2\]. Those under `no_grad` are not seen: freeze them instead"),
+    ):
+        model.right = nn.Sequential(*model.right)
+        run = GrapeRun(model, GrapeArgumentsMixin(blocks="left", feedback_space="hidden"))
+        with pytest.raises(RuntimeError, match=reason):
+            run.start(lambda model=model: model(torch.ones(1, 4)))
+
+
 class Frames(nn.Module):
     """Convolutions over the frames of each sample, folded into the batch; the head reads their mean."""
 
