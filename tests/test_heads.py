@@ -152,25 +152,27 @@ def test_a_head_that_is_named_and_left_out_late_is_said_and_kills_nothing(tmp_pa
     assert caplog.text.count("got no error from this batch") == 1
 
 
+class Distilled(nn.Module):
+    """Two heads in training, each on a token of its own, and their mean only in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timm_model = timm.create_model(
+            "deit_tiny_distilled_patch16_224", img_size=32, embed_dim=24, depth=3, num_heads=2, num_classes=3
+        )
+        self.timm_model.set_distilled_training(True)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        own, distilled = self.timm_model(pixel_values)
+        return {"loss": F.cross_entropy(own, labels) + F.cross_entropy(distilled, labels)}
+
+
+IMAGES = [{"pixel_values": torch.randn(3, 32, 32), "labels": torch.tensor(i % 3)} for i in range(4)]
+
+
 def test_timms_distilled_heads(tmp_path):
-    """In training there are two heads, and their mean only in evaluation."""
     torch.manual_seed(0)
-    inner = timm.create_model(
-        "deit_tiny_distilled_patch16_224", img_size=32, embed_dim=24, depth=3, num_heads=2, num_classes=3
-    )
-    inner.set_distilled_training(True)
-
-    class Distilled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.timm_model = inner
-
-        def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            own, distilled = self.timm_model(pixel_values)
-            return {"loss": F.cross_entropy(own, labels) + F.cross_entropy(distilled, labels)}
-
-    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": torch.tensor(i % 3)} for i in range(4)]
-    trainer = GrapeTrainer(Distilled(), arguments(tmp_path, max_steps=1, **LEARNED), train_dataset=data)
+    trainer = GrapeTrainer(Distilled(), arguments(tmp_path, max_steps=1, **LEARNED), train_dataset=IMAGES)
     trainer.train()
     assert trainer.feedback[0].shape == (24, 24)
 
@@ -226,6 +228,18 @@ def test_an_error_at_one_token_goes_to_every_position(make, read_at, labels, spa
     expected = mean.repeat(1, positions, 1)
     expected[:, read] += positions * mean[:, 0]
     torch.testing.assert_close(delta, expected)
+
+
+def test_errors_at_two_tokens_go_to_every_position(tmp_path):
+    """As that of one does: the patches had got none."""
+    torch.manual_seed(0)
+    model = Distilled()
+    delta, _, trainer = deltas(model, model.timm_model.blocks[0], IMAGES, tmp_path, method="dfa", feedback_init="auto")
+    assert trainer._run.boundaries.read_at == "first"
+    mean = delta[:, 2:3]
+    torch.testing.assert_close(delta[:, 2:], mean.expand(-1, 4, -1))  # four patches
+    torch.testing.assert_close(delta[:, :2].sum(1), 8 * mean[:, 0])  # e at both tokens, 6 means, and the mean twice
+    assert mean.any(-1).all()
 
 
 def test_what_is_learned_is_the_jacobian_of_the_token_that_is_read(tmp_path):

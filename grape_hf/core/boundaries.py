@@ -72,7 +72,7 @@ class Boundaries:
         copied: boundaries whose h_l the next block changes in place, which therefore gets a copy (``probe``).
         around: whether later blocks than the next, or y, read what a block has made, too (``probe``).
         sizes: n_l of each h_l, and n_y, which every forward that counts must have; any by default.
-        read_at: where the loss reads y if that is one position alone; None if it is not.
+        read_at: where the loss reads y if that is one position alone, or two of many; None if it is not.
         spread: whether an error at one position of y stays there, and all get its mean; else all get the sum.
         mixed: boundaries where all get the mean besides, as nothing at positions with an error is made of h_l (probe).
         read: ``read_at`` for the samples of the next estimate, ``(batch, positions)``, by the error of a step.
