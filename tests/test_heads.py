@@ -242,6 +242,33 @@ def test_errors_at_two_tokens_go_to_every_position(tmp_path):
     assert mean.any(-1).all()
 
 
+@pytest.mark.parametrize("options", [{"method": "dfa"}, {}, {"feedback_rule": "lms"}], ids=str)
+def test_so_they_do_with_the_batch_in_the_second_dimension(options, tmp_path):
+    """As in OpenAI's CLIP, whose blocks hand on (positions, batch, channels)."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(4, 16), nn.Linear(16, 3)
+            layers = (nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0) for _ in range(3))
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            h = self.stem(x).transpose(0, 1)
+            for layer in self.layers:
+                h = layer(h)
+            logits = self.head(h[0])
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    torch.manual_seed(0)
+    model, data = Turned(), [{"x": torch.randn(6, 4), "labels": torch.tensor(i % 3)} for i in range(4)]
+    delta, _, _ = deltas(model, model.layers[0], data, tmp_path, **(options | {"feedback_init": "auto"}))
+    assert delta.shape == (6, 4, 16)
+    torch.testing.assert_close(delta[0], 7 * delta[1])  # e, and the mean
+    torch.testing.assert_close(delta[1:], delta[1:2].expand(5, -1, -1))
+    assert delta.any(-1).all()
+
+
 def test_what_is_learned_is_the_jacobian_of_the_token_that_is_read(tmp_path):
     """mean over b and s of dy_b/dh_{b,s}, y_b at the token that the classifier reads; by jacrev."""
     torch.manual_seed(0)

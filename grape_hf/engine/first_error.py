@@ -18,8 +18,8 @@ from grape_hf.core.calls import ModelCall
 from grape_hf.core.feedback import Feedback, is_identity
 from grape_hf.core.modes import Forward
 from grape_hf.core.padding import mean_length
-from grape_hf.engine.probe import read_position, reads_several
 from grape_hf.engine.ranks import Ranks
+from grape_hf.engine.rows import read_position, reads_several
 
 logger = logging.getLogger(__name__)
 

@@ -9,19 +9,19 @@ positions the loss reads it, and what the masks that the model is called with sa
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from grape_hf.core import nested
-from grape_hf.core.boundaries import Boundaries, OutputNotReachedError, ReadAt
+from grape_hf.core.boundaries import Boundaries, OutputNotReachedError
 from grape_hf.core.isolation import isolated
 from grape_hf.core.padding import mean_length
 from grape_hf.core.paths import has_path
 from grape_hf.engine.look import Watcher
 from grape_hf.engine.reading import beside, scalar_of, settle_last, split, tells_loss
-from grape_hf.engine.rows import gradients, is_folded, is_turned, sends_nothing
+from grape_hf.engine.rows import gradients, is_folded, is_turned, read_position, reads_row, sends_nothing
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,11 @@ class Look(Watcher):
         of_tokens = not pooled and any(t.ndim > 1 and positions in t.shape[1:] for t in self.labels)
         told = tells_loss(self) and not of_tokens  # else the first error tells
         boundaries.read_at = read_position(boundaries.layout.vectors(at_y)) if told and at_y is not None else None
-        if told and at_y is not None and boundaries.read_at is None:
+        if not told or at_y is None or boundaries.read_at is not None:
+            return
+        if pooled and self.logits is not None and reads_row(at_y, len(self.logits), boundaries.layout):
+            boundaries.layout, boundaries.mixed = replace(boundaries.layout, turned=True), set(range(len(boundaries)))
+        else:
             pairs = {i: (self.made[i], read) for i, read in self.read.items() if i not in boundaries.pooled}
             boundaries.mixed = {
                 i for i, pair in pairs.items() if sends_nothing(self.model, *pair, at_y, boundaries.layout)
@@ -273,25 +277,3 @@ def _look(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object
             seen.error = error
     seen.changed = trace.changed
     return seen
-
-
-def read_position(e: Tensor) -> ReadAt | None:
-    """Return where the loss reads y, by e, ``(batch, positions, n_y)``, if that is one position alone, or two of many.
-
-    Samples without an error (a label that is ignored) say nothing.
-    """
-    read = e.ne(0).any(-1)
-    read = read[read.any(-1)]
-    if e.shape[1] == 1 or not len(read) or reads_several(e):
-        return None
-    return "first" if bool(read[:, 0].all()) else "last"
-
-
-def reads_several(e: Tensor) -> bool:
-    """Whether a sample has an error at several positions of ``(batch, positions, n)``; waits for the device.
-
-    Two of many are as good as one (a class and a distillation token, the two ends of a relation): all others would get
-    no error.
-    """
-    few = 2 if e.shape[1] > 4 else 1
-    return bool((e.ne(0).any(-1).count_nonzero(1) > few).any())

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from grape_hf.core.backward_effects import gradients_aside
+from grape_hf.core.boundaries import ReadAt
 from grape_hf.core.isolation import isolated
 from grape_hf.core.layout import Layout
 
@@ -77,3 +78,38 @@ def gradients(
     """
     with isolated(model, False), gradients_aside(list(model.parameters())):
         return list(torch.autograd.grad(output, inputs, e, retain_graph=keep, allow_unused=True))
+
+
+def read_position(e: Tensor) -> ReadAt | None:
+    """Return where the loss reads y, by e, ``(batch, positions, n_y)``, if that is one position alone, or two of many.
+
+    Samples without an error (a label that is ignored) say nothing.
+    """
+    read = e.ne(0).any(-1)
+    read = read[read.any(-1)]
+    if e.shape[1] == 1 or not len(read) or reads_several(e):
+        return None
+    return "first" if bool(read[:, 0].all()) else "last"
+
+
+def reads_several(e: Tensor) -> bool:
+    """Whether a sample has an error at several positions of ``(batch, positions, n)``; waits for the device.
+
+    Two of many are as good as one (a class and a distillation token, the two ends of a relation): all others would get
+    no error.
+    """
+    few = 2 if e.shape[1] > 4 else 1
+    return bool((e.ne(0).any(-1).count_nonzero(1) > few).any())
+
+
+def reads_row(e: Tensor, samples: int, layout: Layout) -> bool:
+    """Whether y is ``(positions, batch, n)`` and the loss reads one position: all others would get no error.
+
+    Args:
+        e: error at y.
+        samples: how many there are.
+        layout: how y is seen as vectors.
+    """
+    if e.ndim != 3 or not layout.shares(3) or layout.channels_first:
+        return False
+    return e.shape[1] == samples != len(e) and read_position(e.transpose(0, 1)) is not None

@@ -157,6 +157,8 @@ class Starts:
             counted, mixed = self.ranks.first([torch.tensor(lengths, device=device), mixed])
             lengths, boundaries.mixed = counted.tolist(), set(mixed.nonzero().flatten().tolist())
         sources = map_sources(lengths, [index in boundaries.pooled for index in range(len(shapes.h))])
+        if boundaries.layout.turned:  # the mean is in all errors
+            return sources
         return [None if index in boundaries.mixed else source for index, source in enumerate(sources)]
 
     def _map_shapes(self, boundaries: Boundaries, shapes: Probe) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from grape_hf.core.feedback import Feedback, FeedbackInit, initial_feedback, is_
 from grape_hf.core.layout import Pairing
 from grape_hf.core.star import Matrix
 from grape_hf.engine.first_error import READS_SEVERAL
-from grape_hf.engine.probe import read_position, reads_several
+from grape_hf.engine.rows import read_position, reads_several
 from grape_hf.pipeline.maps import StageMaps
 from grape_hf.pipeline.places import Places
 from grape_hf.pipeline.split import StageModel
