@@ -454,3 +454,31 @@ def test_a_mask_of_the_source_says_nothing_about_a_decoder_whose_encoder_is_froz
     masks.forget()
     masks.note(model.get_decoder(), (), {"attention_mask": target})  # what the decoder itself is called with is its own
     assert torch.equal(masks.padding(points.chain[0], h), target.bool())
+
+
+def test_a_mask_of_the_one_stack_says_nothing_about_the_other():
+    """Of torch's, too, where source and target are of one length, and of a decoder alone."""
+    both, decoder = nn.Transformer(8, 2, 2, 3, 8, batch_first=True), nn.TransformerDecoderLayer(8, 2, 8)
+    source, target = (torch.arange(5) >= torch.tensor(lengths)[:, None] for lengths in ((5, 2, 1), (4, 3, 5)))
+    h, of_source, of_target = (
+        torch.zeros(3, 5, 8),
+        {"memory_key_padding_mask": source},
+        {"tgt_key_padding_mask": target},
+    )
+    for model in (both, nn.TransformerDecoder(decoder, 3)):
+        points = FeedbackPoints(model, GrapeArgumentsMixin())
+        masks = Masks(model, points.chain, points.encoder_blocks)
+        called = model.decoder if model is both else model
+        masks.note(called, (), of_source)
+        assert masks.padding(points.chain[-1], h) is None
+        masks.forget()
+        masks.note(called, (), of_source | of_target)
+        assert torch.equal(masks.padding(points.chain[-1], h), ~target)
+        if model is both:
+            masks.forget()
+            masks.note(model, (), of_target)
+            assert masks.padding(points.chain[0], h) is None
+            assert torch.equal(masks.padding(points.chain[-1], h), ~target)
+            masks.forget()
+            masks.note(model, (), of_target | {"src_key_padding_mask": source})
+            assert torch.equal(masks.padding(points.chain[0], h), ~source)

@@ -152,25 +152,27 @@ def test_a_head_that_is_named_and_left_out_late_is_said_and_kills_nothing(tmp_pa
     assert caplog.text.count("got no error from this batch") == 1
 
 
+class Distilled(nn.Module):
+    """Two heads in training, each on a token of its own, and their mean only in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timm_model = timm.create_model(
+            "deit_tiny_distilled_patch16_224", img_size=32, embed_dim=24, depth=3, num_heads=2, num_classes=3
+        )
+        self.timm_model.set_distilled_training(True)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        own, distilled = self.timm_model(pixel_values)
+        return {"loss": F.cross_entropy(own, labels) + F.cross_entropy(distilled, labels)}
+
+
+IMAGES = [{"pixel_values": torch.randn(3, 32, 32), "labels": torch.tensor(i % 3)} for i in range(4)]
+
+
 def test_timms_distilled_heads(tmp_path):
-    """In training there are two heads, and their mean only in evaluation."""
     torch.manual_seed(0)
-    inner = timm.create_model(
-        "deit_tiny_distilled_patch16_224", img_size=32, embed_dim=24, depth=3, num_heads=2, num_classes=3
-    )
-    inner.set_distilled_training(True)
-
-    class Distilled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.timm_model = inner
-
-        def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            own, distilled = self.timm_model(pixel_values)
-            return {"loss": F.cross_entropy(own, labels) + F.cross_entropy(distilled, labels)}
-
-    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": torch.tensor(i % 3)} for i in range(4)]
-    trainer = GrapeTrainer(Distilled(), arguments(tmp_path, max_steps=1, **LEARNED), train_dataset=data)
+    trainer = GrapeTrainer(Distilled(), arguments(tmp_path, max_steps=1, **LEARNED), train_dataset=IMAGES)
     trainer.train()
     assert trainer.feedback[0].shape == (24, 24)
 
@@ -226,6 +228,45 @@ def test_an_error_at_one_token_goes_to_every_position(make, read_at, labels, spa
     expected = mean.repeat(1, positions, 1)
     expected[:, read] += positions * mean[:, 0]
     torch.testing.assert_close(delta, expected)
+
+
+def test_errors_at_two_tokens_go_to_every_position(tmp_path):
+    """As that of one does: the patches had got none."""
+    torch.manual_seed(0)
+    model = Distilled()
+    delta, _, trainer = deltas(model, model.timm_model.blocks[0], IMAGES, tmp_path, method="dfa", feedback_init="auto")
+    assert trainer._run.boundaries.read_at == "first"
+    mean = delta[:, 2:3]
+    torch.testing.assert_close(delta[:, 2:], mean.expand(-1, 4, -1))  # four patches
+    torch.testing.assert_close(delta[:, :2].sum(1), 8 * mean[:, 0])  # e at both tokens, 6 means, and the mean twice
+    assert mean.any(-1).all()
+
+
+@pytest.mark.parametrize("options", [{"method": "dfa"}, {}, {"feedback_rule": "lms"}], ids=str)
+def test_so_they_do_with_the_batch_in_the_second_dimension(options, tmp_path):
+    """As in OpenAI's CLIP, whose blocks hand on (positions, batch, channels)."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(4, 16), nn.Linear(16, 3)
+            layers = (nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0) for _ in range(3))
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            h = self.stem(x).transpose(0, 1)
+            for layer in self.layers:
+                h = layer(h)
+            logits = self.head(h[0])
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    torch.manual_seed(0)
+    model, data = Turned(), [{"x": torch.randn(6, 4), "labels": torch.tensor(i % 3)} for i in range(4)]
+    delta, _, _ = deltas(model, model.layers[0], data, tmp_path, **(options | {"feedback_init": "auto"}))
+    assert delta.shape == (6, 4, 16)
+    torch.testing.assert_close(delta[0], 7 * delta[1])  # e, and the mean
+    torch.testing.assert_close(delta[1:], delta[1:2].expand(5, -1, -1))
+    assert delta.any(-1).all()
 
 
 def test_what_is_learned_is_the_jacobian_of_the_token_that_is_read(tmp_path):

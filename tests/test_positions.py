@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, train, weights
+from helpers import assert_same, fitted, train, weights
 from problems import Problem
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -277,3 +277,50 @@ def test_ranks_take_their_maps_from_where_the_first_rank_does():
     run.start(lambda: model(torch.randn(2, 7, 3), torch.tensor([0, 2])))
     run.close()
     assert run.maps.sources == [1, 2, 3, None]
+
+
+class Mixer(nn.Module):
+    """A block that mixes positions, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.tanh(self.layer(self.norm(h) + h.mean(1, keepdim=True)))
+
+
+class Masked(nn.Module):
+    """A masked autoencoder: the encoder sees two of six positions, and the loss reads the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(4, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4)
+        self.lower, self.upper = (nn.ModuleList(Mixer() for _ in range(2)) for _ in range(2))
+        self.mask, self.places = (nn.Parameter(torch.randn(n, WIDTH)) for n in (1, 6))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.embed(x[:, ::3])
+        for block in self.lower:
+            h = block(h)
+        h = torch.stack([self.norm(h), *[self.mask.expand_as(h)] * 2], dim=2).flatten(1, 2) + self.places
+        for block in self.upper:
+            h = block(h)
+        apart = (self.head(h) - x).square().unflatten(1, (2, 3))
+        return {"loss": apart[:, :, 1:].mean()}
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "dfa"}, {"feedback_rule": "lms"}, {"feedback_sweeps": 3}], ids=str)
+def test_errors_at_positions_that_are_not_made_of_a_block_reach_it(options, tmp_path):
+    """In hidden space the errors stay at the masked positions, where mask tokens are read: all get the mean besides."""
+    rows = [{"x": x} for x in torch.randn(8, 6, 4, generator=torch.Generator().manual_seed(0))]
+    usual = dict(label_names=[], weight_decay=0.0)
+    torch.manual_seed(0)
+    before = {name: p.detach().clone() for name, p in Masked().named_parameters()}
+    stock = fitted(Masked, rows, tmp_path, Trainer, **usual)
+    ours = fitted(Masked, rows, tmp_path, blocks="lower,upper", **(usual | options))
+    for name in ("lower.0.layer.weight", "lower.1.layer.weight", "norm.weight"):
+        moved, expected = ours[name] - before[name], stock[name] - before[name]
+        assert 0.1 * expected.norm() < moved.norm() < 10 * expected.norm(), name
+    if "feedback_sweeps" in options:
+        assert_same(ours, stock, rtol=1e-5, atol=1e-6)

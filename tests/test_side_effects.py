@@ -326,6 +326,69 @@ class Hooked(nn.Module):
         return x.square().mean()
 
 
+class Tapped(nn.Module):
+    """A block, or a head, that keeps the gradient in its middle (Grad-CAM), in one of the usual ways."""
+
+    def __init__(self, way: str, found: list[Tensor], width: int = 4) -> None:
+        super().__init__()
+        self.way, self.found, self.calls = way, found, 0
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, width)
+        if way == "module":
+            self.inner.register_full_backward_hook(lambda module, before, after: self.keep(after[0]))
+        if way == "hook":
+            self.inner.register_forward_hook(lambda module, args, output: self.tap(output))
+
+    def keep(self, gradient: Tensor) -> None:
+        self.calls += 1
+        self.found.append(gradient)
+
+    def tap(self, h: Tensor) -> None:
+        if h.requires_grad:
+            h.register_hook(self.keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        if self.way == "forward":
+            self.tap(h)
+        return self.outer(torch.tanh(h))
+
+
+class Tapping(nn.Module):
+    def __init__(self, way: str, found: list[Tensor]) -> None:
+        super().__init__()
+        self.stem, self.classifier = nn.Linear(4, 4), Tapped(way, found, 2)
+        self.blocks = nn.ModuleList(Tapped(way, found) for _ in range(3))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.classifier(x)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # blocks of a star read what has no graph
+@pytest.mark.parametrize("space", ["logits", "hidden"])
+@pytest.mark.parametrize("way", ["module", "hook", "forward"])
+def test_gradients_that_a_user_s_hooks_gather_are_of_the_step_alone(way, space, tmp_path):
+    """Nor are those of sweeps or of looks at the head's backward; a sweep for each point makes them the stock ones."""
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    rows = [{"x": row, "labels": i % 2} for i, row in enumerate(x)]
+    seen = []
+    for kind, options in (
+        (Trainer, {}),
+        (GrapeTrainer, {"feedback_sweeps": 2, "feedback_space": space}),
+        (GrapeTrainer, {"feedback_space": space}),
+        (GrapeTrainer, EVERYTHING | {"feedback_space": space}),
+    ):
+        found: list[Tensor] = []
+        state = fitted(lambda found=found: Tapping(way, found), rows, tmp_path, kind, **options)
+        seen.append((found, state))
+    assert [len(found) for found, _ in seen] == [12] * 4
+    torch.testing.assert_close(seen[1][0], seen[0][0])
+    assert_same(seen[1][1], seen[0][1], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("options", [{"feedback_sweeps": 2}, LEARNED, {}], ids=["sweeps", "estimates", "maps"])
 def test_parametrised_weights_that_are_cached_are_the_step_s(options, tmp_path):
     """``parametrize.cached()`` around the step keeps weights with their graph, which are those of one forward."""
@@ -420,6 +483,31 @@ def test_checkpointed_batch_norms_count_each_batch_as_often_as_in_the_stock_step
     ]
     assert set(counts[1].values()) == {6}
     assert counts[0] == counts[1]
+
+
+class RunsHeadAgain(nn.Module):
+    """A checkpointed head with a batch norm, over as many positions as there are samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(3))
+        self.classifier = RunAgain("checkpoint")
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        for block in self.blocks:
+            x = block(x)
+        logits = self.classifier(x.mean(1))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("options", [{"feedback_space": "logits"}, {}, {"feedback_sweeps": 1}], ids=str)
+def test_so_do_those_of_a_head_that_runs_again(options, tmp_path):
+    """For the first look, and for the looks at the head's backward."""
+    x = torch.randn(16, 4, 4, generator=torch.Generator().manual_seed(0))
+    rows = [{"x": row, "labels": i % 4} for i, row in enumerate(x)]
+    count = "classifier.norm.num_batches_tracked"
+    assert fitted(RunsHeadAgain, rows, tmp_path, Trainer)[count] == 6
+    assert fitted(RunsHeadAgain, rows, tmp_path, **options)[count] == 6
 
 
 def test_sweeps_over_reentrant_checkpoints_inside_blocks_are_refused_by_name(tmp_path):

@@ -1,8 +1,9 @@
-"""What a backward through blocks changes beside the gradients that it is asked for.
+"""What a backward through blocks, or the head, changes beside the gradients that it is asked for.
 
-A sweep, or the way down the shortcut path, goes through the graphs of blocks before the step's own backward does. A
-checkpointed block runs again for that, and a batch norm in it would count the batch once more. A function of a user's
-own may add to ``.grad`` in its backward (reversible blocks).
+A sweep, the way down the shortcut path, or the look at the head's backward goes through a graph before the step's own
+backward does. What is checkpointed runs again for that, and a batch norm in it would count the batch once more. A
+function of a user's own may add to ``.grad`` in its backward (reversible blocks), and a backward hook may gather
+gradients (Grad-CAM), which then are of the step alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from grape_hf.core.snapshot import Snapshot, runs_users_code
+
 REENTRANT = 'Reentrant activation checkpointing does this: set gradient_checkpointing_kwargs={"use_reentrant": False}.'
 
 
@@ -18,25 +21,26 @@ class BackwardEffects:
     """Puts back what backwards on the side change, of that which the first has changed.
 
     Args:
-        blocks: the blocks.
+        model: what they may go through.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self._blocks = blocks
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._changed: tuple[list[Tensor], list[Tensor]] | None = None  # buffers and parameters; not known at first
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Put buffers and ``.grad`` of parameters back at the end.
+        """Put buffers, ``.grad`` of parameters and what hooks have gathered back at the end.
 
         Raises:
             RuntimeError: if a block is checkpointed by torch's reentrant variant, which has no such backwards.
         """
         buffers, parameters = self._changed or (
-            [buffer for block in self._blocks for buffer in block.buffers() if not buffer.is_meta],
-            [parameter for block in self._blocks for parameter in block.parameters()],
+            [buffer for buffer in self._model.buffers() if not buffer.is_meta],
+            list(self._model.parameters()),
         )
         before = [(buffer, buffer.clone()) for buffer in buffers]
+        gathered = Snapshot(self._model) if any(map(runs_users_code, self._model.modules())) else None
         try:
             with gradients_aside(parameters) as received:
                 yield
@@ -44,8 +48,8 @@ class BackwardEffects:
             if "incompatible with .grad()" not in str(error):
                 raise
             raise RuntimeError(
-                "a sweep, or the way down the shortcut path, goes through a block that is run again in the backward, "
-                f"by a function that allows no other. {REENTRANT}"
+                "a sweep, the way down the shortcut path, or the look at the head's backward goes through a module "
+                f"that is run again in the backward, by a function that allows no other. {REENTRANT}"
             ) from error
         if self._changed is None:  # torch does not note all changes of batch norms in a tensor's version
             before = [(buffer, was) for buffer, was in before if not torch.equal(buffer, was)]
@@ -53,6 +57,8 @@ class BackwardEffects:
         with torch.no_grad():
             for buffer, was in before:
                 buffer.copy_(was)
+        if gathered is not None:
+            gathered.restore()
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def _search_in(model: nn.Module, prefix: str = "") -> Chain:
         raise ValueError(
             f"cannot tell which blocks of {type(model).__name__} get direct feedback. Expected one chain of like "
             f"blocks between input and output, found several lists: {listed}. Name one: "
-            f'GrapeTrainingArguments(blocks="{_names(model, prefix, candidates[largest])}").'
+            f'GrapeTrainingArguments(blocks="{_names(model, prefix, candidates[largest])}").{_copies(candidates)}'
         )
     return candidates[largest]
 
@@ -232,6 +232,14 @@ def _trained(found: list[Chain]) -> list[Chain]:
 
 def _trains(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
+
+
+def _copies(found: list[Chain]) -> str:
+    """What helps where one chain is as another: a teacher or a moving average, which no optimiser trains."""
+    kinds = [[type(block) for block in chain.values()] for chain in found]
+    if all(kinds.count(kind) == 1 for kind in kinds):
+        return ""
+    return " Freeze one that only follows another (a teacher, a moving average): `requires_grad_(False)` leaves it out."
 
 
 def _size(chain: Chain) -> int:

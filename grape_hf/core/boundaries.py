@@ -74,8 +74,9 @@ class Boundaries:
         in_place: whether h_l is a sum that the model makes outside of blocks (``in_place.py``, ``probe``).
         end: the module that reads y where y is such a sum.
         sizes: n_l of each h_l, and n_y, which every forward that counts must have; any by default.
-        read_at: where the loss reads y if that is one position alone; None if it is not.
+        read_at: where the loss reads y if that is one position alone, or two of many; None if it is not.
         spread: whether an error at one position of y stays there, and all get its mean; else all get the sum.
+        mixed: boundaries where all get the mean besides, as nothing at positions with an error is made of h_l (probe).
         read: ``read_at`` for the samples of the next estimate, ``(batch, positions)``, by the error of a step.
         last_checked: whether it was seen in a step that all of h_L's gradient comes by way of y, the output of a head.
         places: where a block finds h_l among its arguments, by boundary; the first floating-point tensor by default.
@@ -104,8 +105,8 @@ class Boundaries:
         self.hidden = self.output is last
         self.layout, self.whole, self.pooled, self.calls = layout, whole, frozenset(pooled), calls
         self.readers = [[] for _ in self.blocks[1:]] if readers is None else [list(r) for r in readers]
-        self.copied: set[int] = set()
-        self.around = self.spread = self.in_place = False
+        self.copied, self.mixed = set[int](), set[int]()
+        self.around = self.spread = self.in_place = self.last_checked = self._warned = False
         self.end: nn.Module | None = None
         self.sizes: list[int] | None = None
         self.read_at: ReadAt | None = None
@@ -114,8 +115,7 @@ class Boundaries:
         self.repeated: dict[int, list[nested.Path]] = {}
         self._mode: Mode | None = None
         self._read_before: dict[int, tuple[Mode, Tensor, Any, Tensor]] = {}  # by a decoder's earlier blocks
-        self.last_checked = self._warned = False
-        self.effects = BackwardEffects(self.blocks)
+        self.effects = BackwardEffects(nn.ModuleList(self.blocks) if calls is None else calls.model)
 
     def __len__(self) -> int:
         """Count the feedback points, L - 1."""
@@ -160,7 +160,7 @@ class Boundaries:
             mask: padding, if it is not to be taken from what the model was called with.
         """
         pooled, one = index in self.pooled, self.read_at is not None
-        summed, spread = pooled or (one and not self.spread), one and self.spread and not pooled
+        summed, spread = pooled or (one and not self.spread), one or index in self.mixed
         if mask is not None:  # an encoder's mask says nothing about the positions of its decoder
             return Pairing(self.layout, summed, spread, mask if pooled or not self.pooled else None)
         padding = None if self.calls is None else self.calls.masks.padding(self.blocks[index], self.layout.tokens(h))

@@ -1,10 +1,13 @@
 """Walks through autograd's graph, and whether it is being walked by a backward."""
 
+import sys
 from collections.abc import Callable, Collection, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
 
 from grape_hf.core.nested import Path
 
@@ -57,3 +60,11 @@ def parameters_of(tensors: Collection[Tensor], ends: Callable[[Any], bool] = lam
 def in_backward() -> bool:
     """Whether this runs inside a backward: there, activation checkpointing runs modules once more."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether this runs in a forward of torch's reentrant activation checkpointing, which has no graph."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None

@@ -36,12 +36,14 @@ class Layout:
         channels_last: whether maps and volumes are ``(batch, H, W, C)`` (Swin).
         cells: cells of the grid along each side, at most.
         channels_first: whether three-dimensional activations are ``(batch, C, S)`` (``nn.Conv1d``).
+        turned: whether they are ``(S, batch, C)``, which matters where errors are shared among positions alone.
     """
 
     sharing: FeedbackSharing = "auto"
     channels_last: bool = False
     cells: int = 4
     channels_first: bool = False
+    turned: bool = False
 
     def shares(self, dimensions: int) -> bool:
         """Whether all positions of an activation of so many dimensions share one matrix."""
@@ -141,7 +143,8 @@ class Pairing:
         if not self.spread or e.shape[1] == 1:
             return e
         there = self.unpadded(e.new_ones(*e.shape[:2], 1))
-        return e + there / there.sum(1, keepdim=True).clamp(min=1) * e.sum(1, keepdim=True)
+        along = 0 if self.layout.turned else 1
+        return e + there / there.sum(along, keepdim=True).clamp(min=1) * e.sum(along, keepdim=True)
 
     def padded(self, padding: Tensor | None) -> "Pairing":
         """Return the pairing with this padding."""

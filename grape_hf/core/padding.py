@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 # What the numbers of a mask say: 1 where a position counts, 1 where it is padding, below zero where it is padding (a
 # mask to add to attention scores), or nothing about padding.
 Meaning = Literal["counts", "padding", "additive", "nothing"]
+# How the masks of a decoder's own positions are called, and those of what it attends to (torch's, transformers').
+_OF_TARGETS, _OF_MEMORY = ("decoder_", "tgt", "target"), ("encoder_", "cross", "memory")
 
 
 @dataclass
@@ -157,6 +159,7 @@ class Masks:
             f"{name} {tuple(mask.shape)}"
             for name, mask in masks.items()
             if _is_of(self._role[block], name, True) and self.meanings.get((name, mask.dtype)) != "nothing"
+            if not (mask.ndim == 2 and _is_causal(counts(mask, self._meaning(name, mask))))  # of no sample
         ]
         if found:
             self._said = True
@@ -216,7 +219,7 @@ def fit(mask: Tensor, shape: torch.Size, exact: bool, past: bool) -> Tensor | No
     if mask.ndim != 2:
         return None
     if mask.shape == shape:
-        return mask
+        return None if _is_causal(mask) else mask
     if tuple(mask.shape) == (positions, batch):
         return mask.mT
     if exact or len(mask) != batch:
@@ -226,6 +229,14 @@ def fit(mask: Tensor, shape: torch.Size, exact: bool, past: bool) -> Tensor | No
     if positions - mask.shape[1] > mask.shape[1]:  # rather of something else
         return None
     return torch.cat([mask.new_ones(batch, positions - mask.shape[1]), mask], dim=1)
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether a mask is of positions by positions, as no samples are padded. Looks at its numbers if it is square."""
+    if torch.compiler.is_compiling() or mask.is_meta or len(mask) == 1 or mask.shape[0] != mask.shape[1]:
+        return False
+    below = torch.ones_like(mask).tril()
+    return torch.equal(mask, below) or torch.equal(mask, ~below)  # torch's say what is not heeded
 
 
 def _rank(name: str) -> int:
@@ -238,11 +249,11 @@ def _is_mask(name: str) -> bool:
 
 
 def _is_of(role: str, name: str, shared: bool) -> bool:
-    if not role:
-        return True
-    if role == "decoder":
-        return name.startswith("decoder_") if shared else not name.startswith(("encoder_", "cross"))
-    return not name.startswith("decoder_")
+    if role == "encoder":
+        return not name.startswith(_OF_TARGETS)
+    if role == "decoder" and shared:
+        return name.startswith(_OF_TARGETS)
+    return not name.startswith(_OF_MEMORY + (("src", "source") if role else ()))
 
 
 def is_container(module: nn.Module) -> bool:

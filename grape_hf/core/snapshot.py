@@ -11,7 +11,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -85,11 +85,8 @@ class Snapshot:
             for value in (code.func, *code.args, *code.keywords.values()):
                 self._note_variable(value, set())
             return
-        owner = None
-        if not isinstance(code, FunctionType):  # a method, or an object that is called
-            owner = getattr(code, "__self__", code)
-            code = getattr(code, "__func__", type(code).__call__)
-        if not isinstance(code, FunctionType) or _library(code.__module__) in {*LIBRARIES, "grape_hf"}:
+        owner, code = _function_of(code)
+        if not _is_users_code(code):
             return
         of = type(owner) if isinstance(owner, nn.Module) else owner  # what modules have is noted already
         if (id(of), id(code)) in self._code:
@@ -168,6 +165,40 @@ class Snapshot:
             self._undo.append(lambda: setattr(bits, "state", position))
         elif depth < DEEPEST and _is_users(value):
             self._note_mapping(vars(value), depth + 1)
+
+
+def runs_users_code(module: nn.Module) -> bool:
+    """Whether a backward through a module may run a user's code.
+
+    That is a hook on the module, which may put another on a tensor, or what its class puts on one.
+    """
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    for hook in [hook for kind in kinds for hook in getattr(module, kind).values()]:
+        while isinstance(hook, partial):
+            hook = hook.func
+        if _is_users_code(_function_of(hook)[1]):
+            return True
+    return any(map(_hooks_tensors, type(module).__mro__)) or _puts_hook(_function_of(module.forward)[1])
+
+
+@cache
+def _hooks_tensors(kind: Any) -> bool:  # a class
+    return any(map(_puts_hook, vars(kind).values()))
+
+
+def _puts_hook(code: Any) -> bool:
+    return _is_users_code(code) and "register_hook" in _names(code.__code__)
+
+
+def _function_of(code: Any) -> tuple[Any, Any]:
+    """The object whose method it is, or that is called itself, None of a function; and the function."""
+    if isinstance(code, FunctionType):
+        return None, code
+    return getattr(code, "__self__", code), getattr(code, "__func__", type(code).__call__)
+
+
+def _is_users_code(code: Any) -> bool:
+    return isinstance(code, FunctionType) and _library(code.__module__) not in {*LIBRARIES, "grape_hf"}
 
 
 def _put_back(attributes: dict[Any, Any], before: dict[Any, Any], names: Iterable[Any] | None = None) -> None:

@@ -102,7 +102,7 @@ class Star:
         maps: the maps of blocks. They, and the path, are the coarse maps C_l of sweeps; without either C_l is the
             identity where two boundaries have the same shape, and else nothing.
         around: whether later blocks than the next, or y, read what a block has made, too.
-        effects: what backwards on the side change in blocks, and should not.
+        effects: what backwards on the side change, and should not.
 
     Attributes:
         e: dLoss/dy, in the shape of y; None before the backward gets there.
@@ -257,7 +257,8 @@ class Star:
         """Have nodes do nothing in a backward that is none of the step's."""
         self.aside = True
         try:
-            with nullcontext() if self._effects is None or not self.arms else self._effects.undone():
+            looks = self.head is not None and self.head.looks
+            with self._effects.undone() if self._effects and (self.arms or looks) else nullcontext():
                 yield
         finally:
             self.aside = False

@@ -19,7 +19,7 @@ from grape_hf.core.feedback import Feedback, is_identity
 from grape_hf.core.modes import Forward
 from grape_hf.core.padding import mean_length
 from grape_hf.engine.ranks import Ranks
-from grape_hf.engine.reading import read_position
+from grape_hf.engine.rows import read_position, reads_several
 
 logger = logging.getLogger(__name__)
 
@@ -150,11 +150,6 @@ def _take_e(feedback: Feedback) -> list[bool]:
     """Return which matrices are paired with e: of maps those alone that have no other source."""
     maps = feedback.maps
     return [True] * len(feedback.learned) if maps is None else [source is None for source in maps.sources]
-
-
-def reads_several(e: Tensor) -> bool:
-    """Whether a sample has an error at more than one position of ``(batch, positions, n)``; waits for the device."""
-    return bool((e.ne(0).any(-1).count_nonzero(1) > 1).any())
 
 
 def number_for_ranks(value: int, device: torch.device) -> Tensor:

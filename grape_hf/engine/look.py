@@ -7,21 +7,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils.hooks import RemovableHandle
 
 from grape_hf.core import nested
+from grape_hf.core.backward_effects import REENTRANT
 from grape_hf.core.block_hooks import no_hidden_states
 from grape_hf.core.block_lists import ends
 from grape_hf.core.boundaries import Boundaries
 from grape_hf.core.channels import Channels
-from grape_hf.core.graph import Mark, graph_of, in_backward, is_mark, marks_of, parameters_of
+from grape_hf.core.graph import Mark, in_backward, in_reentrant_checkpoint, is_mark, marks_of, parameters_of
 from grape_hf.core.hooks import Hook
-from grape_hf.core.in_place import as_made, part_of, replace, whole_of
 from grape_hf.core.layout import Layout
+from grape_hf.engine.sums import Sums
 
 logger = logging.getLogger(__name__)
 
-_MADE = ("made",)  # marks what a block makes, where the hidden states are a sum of that and of what it was given
+NO_GRADIENTS = (
+    "A loss that runs the model without gradients first, and with them in the backward (a cached loss), cannot be "
+    'trained by direct feedback: compute it at once, or use method="bp". '
+    "Where the first steps run the blocks under `no_grad`, freeze these in place of it (`requires_grad_(False)`, in a "
+    "callback's `on_step_begin`)."
+)
 
 
 class Watcher:
@@ -47,9 +54,8 @@ class Watcher:
         changed: names of the parameters that it changed.
         labels: the labels that it was called with.
         apart: whether blocks have made something beside their hidden states that does not depend on those before.
-        summed: whether a block reads what the one before has made together with what that one was given.
-        early: whether such a sum is read by something else before the next block.
-        end: the module that reads such a sum behind the last block, if one alone does; ``y`` is the sum.
+        sums: what is seen of residual sums that are made outside of blocks.
+        idle: whether a block ran without gradients; ``hidden_graph``, whether inside a reentrant checkpoint.
     """
 
     def __init__(self, model: nn.Module, boundaries: Boundaries) -> None:
@@ -71,10 +77,8 @@ class Watcher:
         self.error: Exception | None = None
         self.changed: list[str] = []
         self.labels: list[Tensor] = []
-        self.apart = self.summed = self.early = False
-        self.end: nn.Module | None = None
-        self.y: Tensor | None = None
-        self._called, self._said = set[nn.Module](), set[int]()
+        self.apart = self.hidden_graph = self.idle = False
+        self.sums, self._said = Sums(self), set[int]()
         behind = zip(boundaries.readers, boundaries.blocks[1:], strict=True)
         self._channels = Channels([readers[0] if readers else block for readers, block in behind])
 
@@ -94,7 +98,7 @@ class Watcher:
             if not boundaries.hidden:
                 handles.append(boundaries.output.register_forward_hook(Hook(self._head_hook), prepend=True))
             for module in set(self.model.modules()).difference(*(block.modules() for block in boundaries.blocks)):
-                handles.append(module.register_forward_pre_hook(Hook(self._end_hook), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(Hook(self.sums.at_module), with_kwargs=True))
             with self._channels.watched():
                 yield
         finally:
@@ -104,6 +108,7 @@ class Watcher:
     def _block_hook(self, index: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             if not torch.is_grad_enabled():
+                self.idle, self.hidden_graph = True, self.hidden_graph or in_reentrant_checkpoint()
                 return None
             if in_backward():  # a checkpointed segment runs again
                 return nested.map_tensors(output, lambda t: Mark.apply(t, None) if t.is_floating_point() else t)
@@ -127,7 +132,7 @@ class Watcher:
                 beside = [self.made_of[index, p] for p, t in floating if p != path and self._learned(index, t)]
                 self.apart |= any(marks and main not in marks for marks in beside)
             for p, t in floating:
-                mark = index, self._main(index) if p == path else p
+                mark = index, self.sums.main(index) if p == path else p
                 marked = Mark.apply(t if t.requires_grad else t.detach().requires_grad_(), mark)
                 output = nested.put(output, p, marked)
                 self.outputs = {**self.outputs, p: marked} if index == len(self.boundaries) else {}
@@ -155,6 +160,32 @@ class Watcher:
         own = {id(p) for p in self.boundaries.blocks[index].parameters()}
         return bool(own & parameters_of([t], ends=is_mark))
 
+    def unseen(self) -> str:
+        """Say why no block was seen to run with gradients."""
+        blocks = self.boundaries.blocks
+        if self.hidden_graph:
+            return (
+                "the blocks run inside a checkpoint that makes their graph in the backward, where it cannot be cut. "
+                f"{REENTRANT} In a forward of your own call checkpoint(..., use_reentrant=False)."
+            )
+        if any(isinstance(module, GraphModule) for module in self.model.modules()):
+            return (
+                "no block was called: torch.fx has traced the model, which calls what is inside of blocks and never "
+                "these. Train the model itself and trace it afterwards, or trace it with blocks as leaves "
+                "(`torch.fx.Tracer.is_leaf_module`)."
+            )
+        about = f"these blocks ({len(blocks)} of them, the first a {type(blocks[0]).__name__})"
+        if self.idle and not any(p.requires_grad for block in blocks for p in block.parameters()):
+            return (
+                f"{about} ran without gradients, and nothing in them trains: expected blocks of what trains. Name "
+                "those with the option `blocks`."
+            )
+        return (
+            f"no forward with gradients ran through the blocks inside `compute_loss`. {NO_GRADIENTS} If the model "
+            f"does not call {about}, or calls their `forward` itself, which no hook sees, name others with the option "
+            "`blocks`."
+        )
+
     def say_apart(self) -> None:
         """Warn of blocks that hand on several streams, of which one is cut."""
         if self.apart:
@@ -176,7 +207,7 @@ class Watcher:
                 if t.is_floating_point() and t.requires_grad
             ]
             reading = [(path, t, parts) for path, t, parts in reading if parts]
-            main = [(path, t) for path, t, parts in reading if self._main(index) in parts]
+            main = [(path, t) for path, t, parts in reading if self.sums.main(index) in parts]
             # Where the hidden states are not what comes first in the block's output.
             if not main and reading and not self.boundaries.in_place:
                 self.parts[index] = min(reading[0][2], key=str)
@@ -189,47 +220,9 @@ class Watcher:
                 return
             self.places[index], self.read[index] = path, h
             self.repeated[index] = [other for other, _ in more]
-            if self.boundaries.in_place:
-                self._mark_sum(h, index)
-            elif 0 < index < len(self.boundaries) - 1:  # the last block may read others as well
-                self.summed |= (index - 1, self.parts[index - 1]) in marks_of([h])
+            self.sums.at_reader(index, h)
 
         return hook
-
-    def _end_hook(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        """Find what reads a residual sum behind the last block: y, if the blocks read such sums, too."""
-        last, several = len(self.boundaries), module in self._called
-        if not last or not torch.is_grad_enabled() or in_backward() or self.again:
-            return None
-        self._called.add(module)
-        if module is self.end:  # at each of several places it reads something else
-            self.end = None
-        if several or last not in self.made or last in self.places:
-            return None
-        for path, t in nested.tensors((args, kwargs)):
-            marks = marks_of([t]) if t.is_floating_point() and t.requires_grad else set()
-            if not marks.issuperset({(last, self._main(last)), (last - 1, self.parts[last - 1])}):
-                continue
-            if self.boundaries.in_place:
-                self.places[last], self.end = path, module
-                self.y = self._mark_sum(whole_of(t), last, in_part=t._is_view())
-                return nested.put((args, kwargs), path, part_of(self.y, t)) if t._is_view() else None
-            h = self.read.get(last - 1, self.made[last - 1])  # as the block reads it: a decode head may before norms
-            self.summed |= h is not self.made[last - 1] and h.grad_fn in graph_of(t, ends=is_mark)
-            break
-        return None
-
-    def _mark_sum(self, h: Tensor, index: int, in_part: bool = False) -> Tensor:
-        """Return h, marked for all who read it from now on, or ``in_part`` for those that get what is returned."""
-        self.early |= any(path == _MADE and k < index for k, path in marks_of([h]))
-        marked = Mark.apply(as_made(h), (index, self.parts[index]))
-        if not in_part:
-            replace(h, marked)
-        return marked if in_part else h
-
-    def _main(self, index: int) -> nested.Path:
-        """How what a block makes is marked: by where it is, unless a sum of it is."""
-        return _MADE if self.boundaries.in_place else self.parts[index]
 
     def _head_hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
         path = nested.first_floating(output)
@@ -252,7 +245,7 @@ class Watcher:
     @property
     def hidden_y(self) -> Tensor:
         """What y is in hidden space: the last block's output, or the sum of that and of what it was given."""
-        return self.made[len(self.boundaries)] if self.y is None else self.y
+        return self.made[len(self.boundaries)] if self.sums.y is None else self.sums.y
 
     @property
     def copied(self) -> set[int]:

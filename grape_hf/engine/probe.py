@@ -9,13 +9,12 @@ positions the loss reads it, and what the masks that the model is called with sa
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from grape_hf.core import nested
-from grape_hf.core.backward_effects import gradients_aside
 from grape_hf.core.block_lists import Layer
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError
 from grape_hf.core.in_place import ADVICE
@@ -24,16 +23,9 @@ from grape_hf.core.padding import mean_length
 from grape_hf.core.paths import has_path
 from grape_hf.engine import reading
 from grape_hf.engine.look import Watcher
-from grape_hf.engine.rows import is_folded, is_turned
+from grape_hf.engine.rows import gradients, is_folded, is_turned, read_position, reads_row, sends_nothing
 
 logger = logging.getLogger(__name__)
-
-NO_GRADIENTS = (
-    "A loss that runs the model without gradients first, and with them in the backward (a cached loss), cannot be "
-    'trained by direct feedback: compute it at once, or use method="bp". '
-    "Where the first steps run the blocks under `no_grad`, freeze these in place of it (`requires_grad_(False)`, in a "
-    "callback's `on_step_begin`)."
-)
 
 
 class BatchNotFirstError(RuntimeError):
@@ -103,7 +95,7 @@ def look(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object]
     deterministic = seen is None or seen.order != list(range(len(boundaries.blocks)))
     if seen is None or deterministic:
         seen = _look(model, boundaries, forward, deterministic=True)
-    if seen.summed:
+    if seen.sums.found:
         boundaries.in_place = True
         seen = _look(model, boundaries, forward, deterministic)
     if boundaries.in_place:
@@ -127,13 +119,13 @@ class Look(Watcher):
         h = [self.read.get(index, self.made[index]) for index in range(len(boundaries))]
         last, logits, blocks = self.made[len(boundaries)], self.logits, boundaries.blocks
         odd = logits is not None and any(t.ndim > 3 and len(t) != len(logits) for t in h)
-        if logits is not None and odd and not is_folded(last, logits):
+        if logits is not None and odd and not is_folded(self.model, last, logits):
             raise RuntimeError(
                 "expected the batch as the first dimension of every block's output, as it is at y "
                 f"({len(logits)}), found {sorted({len(t) for t in h})}. Blocks that stack several streams of "
                 "activations cannot get direct feedback: name others with the option `blocks`."
             )
-        if h and (any(len(t) != len(y) for t in h) or (not boundaries.hidden and is_turned(h[-1], y))):
+        if h and (any(len(t) != len(y) for t in h) or (not boundaries.hidden and is_turned(self.model, h[-1], y))):
             way = 'use feedback_space="hidden"; else name others' if not boundaries.hidden else "name those alone"
             raise BatchNotFirstError(
                 f"expected the batch as the first dimension of every block's output, as it is at y ({len(y)}), found "
@@ -143,7 +135,7 @@ class Look(Watcher):
         boundaries.copied, boundaries.parts, boundaries.places = self.copied, dict(self.parts), dict(self.places)
         boundaries.repeated = dict(self.repeated)
         boundaries.around, boundaries.in_place = self.around, self.boundaries.in_place
-        boundaries.end = self.end if boundaries.hidden else None
+        boundaries.end = self.sums.end if boundaries.hidden else None
         for index, readers in enumerate(boundaries.readers):
             if readers and self.boundaries.in_place and index not in self.places:
                 raise RuntimeError(
@@ -214,9 +206,16 @@ class Look(Watcher):
         pooled = self.logits is not None and self.logits.ndim == 2
         of_tokens = not pooled and any(t.ndim > 1 and positions in t.shape[1:] for t in self.labels)
         told = reading.tells_loss(self) and not of_tokens  # else the first error tells
-        boundaries.read_at = (
-            reading.read_position(boundaries.layout.vectors(at_y)) if told and at_y is not None else None
-        )
+        boundaries.read_at = read_position(boundaries.layout.vectors(at_y)) if told and at_y is not None else None
+        if not told or at_y is None or boundaries.read_at is not None:
+            return
+        if pooled and self.logits is not None and reads_row(at_y, len(self.logits), boundaries.layout):
+            boundaries.layout, boundaries.mixed = replace(boundaries.layout, turned=True), set(range(len(boundaries)))
+        else:
+            pairs = {i: (self.made[i], read) for i, read in self.read.items() if i not in boundaries.pooled}
+            boundaries.mixed = {
+                i for i, pair in pairs.items() if sends_nothing(self.model, *pair, at_y, boundaries.layout)
+            }
 
     def _take_gradients(self, at: list[Tensor | None], positions: int) -> list[Tensor | None]:
         found: list[Tensor | None] = [None] * len(at)
@@ -224,12 +223,12 @@ class Look(Watcher):
             return found
         there = {i: t for i, t in enumerate(at) if t is not None}
         try:
-            with isolated(self.model, False), gradients_aside(list(self.model.parameters())):
-                gradients = torch.autograd.grad(scalar, list(there.values()), allow_unused=True)
+            apart = any(read is not self.made[index] for index, read in self.read.items())
+            taken = gradients(self.model, scalar, list(there.values()), keep=apart)
         except RuntimeError as error:  # whoever trains this model will be told in the step itself
             logger.info(f"GrAPE: no gradient could be taken at the first look: {error}")
             return found
-        for i, gradient in zip(there, gradients, strict=True):
+        for i, gradient in zip(there, taken, strict=True):
             found[i] = gradient
         return found
 
@@ -237,18 +236,16 @@ class Look(Watcher):
         """Raise RuntimeError if the blocks are no chain."""
         total = len(self.boundaries.blocks)
         if not self.order and self.error is None:
-            raise RuntimeError(
-                f"no forward with gradients ran through the blocks inside `compute_loss`. {NO_GRADIENTS} If the model "
-                f"does not call these blocks ({total} of them, the first a {self._kind(0)}), or calls their `forward` "
-                "itself, which no hook sees, name others with the option `blocks`."
-            )
+            raise RuntimeError(self.unseen())
         if self.order != list(range(total)):
             if self.error is not None:
                 raise self.error
+            hint = " Those under `no_grad` are not seen: freeze them instead (`requires_grad_(False)`)."
             raise RuntimeError(
                 f"expected blocks 1 to {total} to run once each and in order, saw them run in the order "
-                f"{[index + 1 for index in self.order]}. Direct feedback needs a chain of blocks: name others, or these"
-                ' in order, with the option `blocks`. With several forwards for a head use feedback_space="hidden".'
+                f"{[index + 1 for index in self.order]}.{hint if self.idle else ''} Direct feedback needs a chain of "
+                "blocks: name others, or these in order, with the option `blocks`. With several forwards for a head "
+                'use feedback_space="hidden".'
             )
         for index in range(1, total):
             self._check(index, self.inputs[index])
@@ -270,7 +267,7 @@ class Look(Watcher):
             raise (OutputNotReachedError if head else RuntimeError)(
                 f"{what} was expected to work on h_{index}, the output of block {index}, and on no other block's; it "
                 f"works on {names}. Direct feedback needs a chain of blocks: name others with the option `blocks`, a "
-                "whole group of blocks that share their inputs as one."
+                f"whole group of blocks that share their inputs as one{'' if used else ', or those behind a `detach`'}."
             )
 
     def _kind(self, index: int) -> str:

@@ -6,7 +6,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from grape_hf.core import nested
-from grape_hf.core.boundaries import ReadAt
 from grape_hf.core.graph import marks_of, parameters_of
 from grape_hf.core.in_place import ADVICE
 from grape_hf.engine.look import Watcher
@@ -60,24 +59,12 @@ def split(seen: Watcher) -> Literal["", "handed on", "made last"]:
     return "made last" if _made_last(seen, _certain(seen)) else ""
 
 
-def read_position(e: Tensor) -> ReadAt | None:
-    """Return where the loss reads y, by e, ``(batch, positions, n_y)``, if that is one position alone.
-
-    Samples without an error (a label that is ignored) say nothing.
-    """
-    read = e.ne(0).any(-1)
-    read = read[read.any(-1)]
-    if e.shape[1] == 1 or not len(read) or not bool((read.count_nonzero(1) == 1).all()):
-        return None
-    return "first" if bool(read[:, 0].all()) else "last"
-
-
 def refuse_read_elsewhere(seen: Watcher) -> None:
     """Raise RuntimeError if the loss, or what comes before the next block, reads a sum that is cut for all."""
     loss, last = loss_of(seen.output), len(seen.boundaries)
     read = marks_of(_floating(seen) if loss is None else [loss])
     others = sorted(k + 1 for k, path in read if k < last and path == seen.parts.get(k))
-    if seen.early or others:
+    if seen.sums.early or others:
         what = f"the loss reads h_{others[0]}" if others else "something reads such a sum before the next block does"
         raise RuntimeError(
             f"blocks read residual sums that are made outside of them, and {what}, which direct feedback would cut "

@@ -17,7 +17,7 @@ from grape_hf.core.calls import ModelCall, NoCallError
 from grape_hf.core.isolation import undoing
 from grape_hf.core.modes import Forward
 from grape_hf.engine.first_error import FirstError
-from grape_hf.engine.probe import NO_GRADIENTS
+from grape_hf.engine.look import NO_GRADIENTS
 from grape_hf.engine.run import GrapeRun
 from grape_hf.engine.samples import Sampler
 from grape_hf.engine.step import MicroBatch

@@ -152,9 +152,14 @@ class Starts:
     def _sources(self, boundaries: Boundaries, shapes: Probe) -> list[int | None]:
         lengths = shapes.lengths
         if self.ranks.count > 1:  # each has looked at samples of its own
-            mine = torch.tensor(lengths, device=next(self.model.parameters()).device)
-            lengths = self.ranks.first([mine])[0].tolist()
-        return map_sources(lengths, [index in boundaries.pooled for index in range(len(shapes.h))])
+            device = next(self.model.parameters()).device
+            mixed = torch.tensor([i in boundaries.mixed for i in range(len(lengths))], dtype=torch.int32, device=device)
+            counted, mixed = self.ranks.first([torch.tensor(lengths, device=device), mixed])
+            lengths, boundaries.mixed = counted.tolist(), set(mixed.nonzero().flatten().tolist())
+        sources = map_sources(lengths, [index in boundaries.pooled for index in range(len(shapes.h))])
+        if boundaries.layout.turned:  # the mean is in all errors
+            return sources
+        return [None if index in boundaries.mixed else source for index, source in enumerate(sources)]
 
     def _map_shapes(self, boundaries: Boundaries, shapes: Probe) -> list[tuple[int, int]]:
         """The shapes of all matrices, ``(n_l, n)``: n is n_y, or that of the boundary which a map comes from."""

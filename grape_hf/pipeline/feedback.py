@@ -16,8 +16,8 @@ from grape_hf.core.block_maps import chained
 from grape_hf.core.feedback import Feedback, FeedbackInit, initial_feedback, is_identity, normalize_columns
 from grape_hf.core.layout import Pairing
 from grape_hf.core.star import Matrix
-from grape_hf.engine.first_error import READS_SEVERAL, reads_several
-from grape_hf.engine.reading import read_position
+from grape_hf.engine.first_error import READS_SEVERAL
+from grape_hf.engine.rows import read_position, reads_several
 from grape_hf.pipeline.maps import StageMaps
 from grape_hf.pipeline.places import Places
 from grape_hf.pipeline.split import StageModel
@@ -172,7 +172,11 @@ class StageFeedback:
             whole.save(path, list(self.names.values()))
 
     def load(self, path: Path, read_at: str | None, settled: bool) -> None:
-        """Read the matrices of this stage back; see ``Feedback.load`` for what is refused."""
+        """Read the matrices of this stage back.
+
+        Raises:
+            ValueError: as ``Feedback.load``, and if maps do not each come from the one behind the next block.
+        """
         self.settle()  # what is on its way from an earlier training would arrive later
         empty = [torch.empty(self.width, self.width, dtype=self.dtype) for _ in self.names]
         whole = self._whole(empty, [] if self.maps is None else list(empty))
@@ -182,6 +186,13 @@ class StageFeedback:
             self.B = {point: "identity" if is_identity(B[point]) else B[point] for point in self.B}
         else:
             assert whole.maps is not None
+            expected = chained(whole.maps.G).sources
+            if whole.maps.sources != expected:
+                raise ValueError(
+                    f"{path} holds maps of blocks that make different numbers of positions: expected each to come from "
+                    f"the one behind the next block, {expected}, as over pipeline stages, found {whole.maps.sources}. "
+                    "Resume in one process (pipeline_stages=1), or with the model that wrote it."
+                )
             G = dict(zip(self.names, whole.maps.G, strict=True))
             self.maps.maps.G = [G[point].to(self.device) for point in self.maps.points]
             self.B = {point: B[point] for point in self.B}

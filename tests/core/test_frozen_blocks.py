@@ -135,6 +135,14 @@ def test_a_trunk_on_a_frozen_tower_is_the_chain(tmp_path):
     assert_same(swept, stock, rtol=1e-5, atol=1e-6)
 
 
+def test_of_two_same_lists_one_may_be_frozen():
+    model = nn.ModuleDict({"online": Network(3), "average": Network(3)})
+    with pytest.raises(ValueError, match=r"found several lists.*Freeze one that only follows another.*requires_grad_"):
+        find_blocks(model)
+    model["average"].requires_grad_(False)
+    assert list(find_blocks(model)) == [f"online.blocks.{i}" for i in range(3)]
+
+
 def test_a_list_of_which_part_is_frozen_is_one_chain():
     model = Network(6)
     for frozen in (model.blocks[:3], model.blocks, model):

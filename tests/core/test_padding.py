@@ -255,6 +255,22 @@ def test_a_mask_that_cannot_be_matched_is_named_once(tmp_path, caplog):
     assert "(8, 6, 16)" in said[0]
 
 
+def test_a_causal_mask_is_not_named(tmp_path, caplog):
+    """As of torch's tutorials: positions in front of the batch, and a mask of positions by positions."""
+
+    class Causal(Own):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            causal = nn.Transformer.generate_square_subsequent_mask(input_ids.shape[1])
+            h = self.encoder(self.embed(input_ids).transpose(0, 1), mask=causal)
+            return {"loss": F.cross_entropy(self.classifier(h.mean(0)), labels)}
+
+    def make(length: int) -> tuple[nn.Module, Rows]:
+        return Causal("mask", False, batch_first=False), labelled(input_ids=ids((8, 6), length)[0])
+
+    run(make, 6, tmp_path, method="dfa", feedback_space="hidden")
+    assert "does not fit" not in caplog.text
+
+
 # --- one mask ---------------------------------------------------------------------------------------------------------
 
 
@@ -286,3 +302,6 @@ def test_shapes_that_fit():
     assert torch.equal(fit(keep, torch.Size((2, 5)), False, False), F.pad(keep, (2, 0), value=True))  # prompt tokens
     assert fit(keep, torch.Size((2, 49)), False, False) is None  # samples and frames
     assert fit(keep, torch.Size((5, 3)), False, False) is None
+    square, triangle = torch.Size((3, 3)), torch.ones(3, 3).tril().bool()  # of queries and keys, for three samples
+    assert fit(triangle, square, True, False) is fit(~triangle, square, True, False) is None
+    assert torch.equal(fit(F.pad(keep, (0, 0, 0, 1)), square, True, False), F.pad(keep, (0, 0, 0, 1)))

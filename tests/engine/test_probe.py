@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import arguments, assert_same, count_hooks, fitted
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
 from grape_hf import GrapeArgumentsMixin, GrapeTrainer
@@ -88,6 +89,56 @@ def test_blocks_that_are_never_called_are_named(past_hooks):
     with pytest.raises(RuntimeError, match=r"these blocks \(2 of them, the first a Layer\), or calls their `forward`"):
         run.start(lambda: model(torch.ones(1, 4)))
     assert count_hooks(model) == 0
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "fx", "teacher"])
+def test_blocks_that_run_without_gradients_are_refused_with_the_reason(way):
+    class Hidden(SideBySide):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.left:
+                x = checkpoint(block, x, use_reentrant=True) if way == "checkpoint" else block(x)
+            return self.head(x)
+
+    model: nn.Module = Hidden()
+    if way == "fx":
+        model = torch.fx.symbolic_trace(model)
+    if way == "teacher":
+        model.left.requires_grad_(False)
+    reason = {
+        "checkpoint": r'"use_reentrant": False.*checkpoint\(\.\.\., use_reentrant=False\)',
+        "fx": "torch.fx has traced the model.*is_leaf_module",
+        "teacher": r"these blocks \(2 of them, the first a Layer\) ran without gradients.*option `blocks`",
+    }[way]
+    run = GrapeRun(model, GrapeArgumentsMixin(blocks="left"))
+
+    def forward() -> Tensor:
+        with torch.set_grad_enabled(way != "teacher"):
+            return model(torch.ones(1, 4, requires_grad=True))
+
+    with pytest.raises(RuntimeError, match=reason):
+        run.start(forward)
+    assert count_hooks(model) == 0
+
+
+def test_blocks_that_a_forward_does_not_train_are_told_of():
+    class Stopped(SideBySide):
+        def __init__(self, detached: bool) -> None:
+            super().__init__()
+            self.detached = detached
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(self.detached):
+                x = self.left[0](x)
+            return self.head(self.right(self.left[1](x.detach())) if self.detached else self.left[1](x))
+
+    for model, reason in (
+        (Stopped(True), r"works on none of them.*or those behind a `detach`"),
+        (Stopped(False), r"in the order \[2\]. Those under `no_grad` are not seen: freeze them instead"),
+    ):
+        model.right = nn.Sequential(*model.right)
+        run = GrapeRun(model, GrapeArgumentsMixin(blocks="left", feedback_space="hidden"))
+        with pytest.raises(RuntimeError, match=reason):
+            run.start(lambda model=model: model(torch.ones(1, 4)))
 
 
 class Frames(nn.Module):

@@ -1,9 +1,13 @@
 """What the feedback of a stage finds out about the loss, and forgets or keeps."""
 
+import pytest
 import torch
 from torch import Tensor
 
+from grape_hf.core.block_maps import BlockMaps
+from grape_hf.core.feedback import Feedback
 from grape_hf.pipeline.feedback import StageFeedback
+from grape_hf.pipeline.places import Places
 
 ONE, ALL = torch.zeros(2, 6, 4), torch.ones(2, 6, 4)
 ONE[:, 0] = 1
@@ -38,3 +42,20 @@ def test_an_error_at_all_positions_settles_it():
     assert sent(found, ALL) is ALL
     assert found.settled
     assert sent(found, ONE) is ONE
+
+
+def test_maps_that_are_no_chain_are_refused(tmp_path):
+    """As of a model that pools, in one process: over stages each map takes what the next one makes."""
+    path, found = tmp_path / "feedback.safetensors", feedback()
+    found.learn(None, Places(1, 1, 0, 0, *[None] * 7), 0.1, False)
+    G = [torch.full((4, 4), float(i)) for i in (2, 3)]
+
+    def load(sources: list[int | None]) -> None:
+        maps = BlockMaps(G, sources)
+        Feedback(maps.product(), maps=maps).save(path, ["a", "b"])
+        found.load(path, None, False)
+
+    load([1, None])
+    assert found.B[0].equal(G[0] @ G[1])
+    with pytest.raises(ValueError, match=r"from the one behind the next block, \[1, None\].* found \[None, None\]"):
+        load([None, None])
