@@ -465,11 +465,15 @@ def runs_again(way: str, folder: Path, trainer: type[Trainer] = GrapeTrainer, **
     return fitted(lambda: RunsAgain(way), rows, folder, trainer, learning_rate=1e-2, label_names=[], **options)
 
 
+@pytest.mark.parametrize("points", [3, 1])
 @pytest.mark.parametrize("path", ["matrix", "shortcut"])
 @pytest.mark.parametrize("way", ["checkpoint", "own function"])
-def test_a_block_that_runs_again_in_sweeps_does_so_without_a_trace(way, path, tmp_path):
-    """As many sweeps as points are backpropagation, with statistics of batch norms and what lies in ``.grad``."""
-    swept = runs_again(way, tmp_path, feedback_sweeps=3, feedback_path=path)
+def test_a_block_that_runs_again_in_sweeps_does_so_without_a_trace(way, path, points, tmp_path):
+    """As many sweeps as points are backpropagation, with statistics of batch norms and what lies in ``.grad``.
+
+    So it is for blocks that share a point, of which the last alone is a boundary's.
+    """
+    swept = runs_again(way, tmp_path, feedback_sweeps=3, feedback_path=path, feedback_points=points)
     assert_same(swept, runs_again(way, tmp_path, Trainer), rtol=1e-5, atol=1e-7)
 
 
