@@ -389,6 +389,24 @@ def test_gradients_that_a_user_s_hooks_gather_are_of_the_step_alone(way, space, 
     assert_same(seen[1][1], seen[0][1], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("space", ["logits", "hidden"])
+def test_gradients_of_the_module_at_y_itself_are_gathered(space, tmp_path):
+    """torch calls its backward hook once for a forward: for the sweep, which has the step's own gradients there."""
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    rows = [{"x": row, "labels": i % 2} for i, row in enumerate(x)]
+    seen: list[list[Tensor]] = [[], []]
+
+    def build(found: list[Tensor]) -> Tapping:
+        model = Tapping("", [])
+        module = model.classifier if space == "logits" else model.blocks[-1]
+        module.register_full_backward_hook(lambda module, before, after: found.extend([*before, *after]))
+        return model
+
+    fitted(partial(build, seen[0]), rows, tmp_path, Trainer)
+    fitted(partial(build, seen[1]), rows, tmp_path, feedback_sweeps=2, feedback_space=space)
+    torch.testing.assert_close(seen[1], seen[0])
+
+
 @pytest.mark.parametrize("options", [{"feedback_sweeps": 2}, LEARNED, {}], ids=["sweeps", "estimates", "maps"])
 def test_parametrised_weights_that_are_cached_are_the_step_s(options, tmp_path):
     """``parametrize.cached()`` around the step keeps weights with their graph, which are those of one forward."""

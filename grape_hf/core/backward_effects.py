@@ -22,15 +22,19 @@ class BackwardEffects:
 
     Args:
         model: what they may go through.
+        at_y: the module that makes y, by whose backward they are set off.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, at_y: nn.Module) -> None:
+        self._model, self._at_y = model, at_y
         self._changed: tuple[list[Tensor], list[Tensor]] | None = None  # buffers and parameters; not known at first
 
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Put buffers, ``.grad`` of parameters and what hooks have gathered back at the end.
+
+        Backward hooks on the module that makes y fire here, with the step's own gradients, and then not again (torch's
+        ``BackwardHook``). So nothing that hooks have gathered is put back where there is one.
 
         Raises:
             RuntimeError: if a block is checkpointed by torch's reentrant variant, which has no such backwards.
@@ -40,7 +44,8 @@ class BackwardEffects:
             list(self._model.parameters()),
         )
         before = [(buffer, buffer.clone()) for buffer in buffers]
-        gathered = Snapshot(self._model) if any(map(runs_users_code, self._model.modules())) else None
+        gathers = not self._at_y._backward_hooks and any(map(runs_users_code, self._model.modules()))
+        gathered = Snapshot(self._model) if gathers else None
         try:
             with gradients_aside(parameters) as received:
                 yield

@@ -115,7 +115,7 @@ class Boundaries:
         self.repeated: dict[int, list[nested.Path]] = {}
         self._mode: Mode | None = None
         self._read_before: dict[int, tuple[Mode, Tensor, Any, Tensor]] = {}  # by a decoder's earlier blocks
-        self.effects = BackwardEffects(nn.ModuleList(self.blocks) if calls is None else calls.model)
+        self.effects = BackwardEffects(nn.ModuleList(self.blocks) if calls is None else calls.model, self.output)
 
     def __len__(self) -> int:
         """Count the feedback points, L - 1."""
