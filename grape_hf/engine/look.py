@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class Watcher:
         self.changed: list[str] = []
         self.labels: list[Tensor] = []
         self.apart = self.hidden_graph = self.idle = False
-        self.sums, self._said = Sums(self), set[int]()
+        self.sums, self._said = Sums(), set[int]()
         behind = zip(boundaries.readers, boundaries.blocks[1:], strict=True)
         self._channels = Channels([readers[0] if readers else block for readers, block in behind])
 
@@ -98,7 +99,9 @@ class Watcher:
             if not boundaries.hidden:
                 handles.append(boundaries.output.register_forward_hook(Hook(self._head_hook), prepend=True))
             for module in set(self.model.modules()).difference(*(block.modules() for block in boundaries.blocks)):
-                handles.append(module.register_forward_pre_hook(Hook(self.sums.at_module), with_kwargs=True))
+                handles.append(
+                    module.register_forward_pre_hook(Hook(partial(self.sums.at_module, self)), with_kwargs=True)
+                )
             with self._channels.watched():
                 yield
         finally:
@@ -132,7 +135,7 @@ class Watcher:
                 beside = [self.made_of[index, p] for p, t in floating if p != path and self._learned(index, t)]
                 self.apart |= any(marks and main not in marks for marks in beside)
             for p, t in floating:
-                mark = index, self.sums.main(index) if p == path else p
+                mark = index, self.sums.main(self, index) if p == path else p
                 marked = Mark.apply(t if t.requires_grad else t.detach().requires_grad_(), mark)
                 output = nested.put(output, p, marked)
                 self.outputs = {**self.outputs, p: marked} if index == len(self.boundaries) else {}
@@ -207,7 +210,7 @@ class Watcher:
                 if t.is_floating_point() and t.requires_grad
             ]
             reading = [(path, t, parts) for path, t, parts in reading if parts]
-            main = [(path, t) for path, t, parts in reading if self.sums.main(index) in parts]
+            main = [(path, t) for path, t, parts in reading if self.sums.main(self, index) in parts]
             # Where the hidden states are not what comes first in the block's output.
             if not main and reading and not self.boundaries.in_place:
                 self.parts[index] = min(reading[0][2], key=str)
@@ -220,7 +223,7 @@ class Watcher:
                 return
             self.places[index], self.read[index] = path, h
             self.repeated[index] = [other for other, _ in more]
-            self.sums.at_reader(index, h)
+            self.sums.at_reader(self, index, h)
 
         return hook
 

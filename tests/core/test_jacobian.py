@@ -478,7 +478,9 @@ def test_weights_of_a_block_whose_output_is_changed_before_it_is_read():
     for space, found in (("auto", ["activation", "activation"]), ("weight", None)):
         run = GrapeRun(model, GrapeArgumentsMixin(grape_preset="paper", perturbation_space=space, blocks="blocks"))
         if found is None:
-            with pytest.raises(ValueError, match=r'changes that of blocks\.0 .*perturbation_space="activation"'):
+            with pytest.raises(
+                ValueError, match=r'That of blocks\.0 is changed by the model .*perturbation_space="activation"'
+            ):
                 run.start(lambda: model(torch.randn(2, 4)), 10)
         else:
             run.start(lambda: model(torch.randn(2, 4)), 10)
