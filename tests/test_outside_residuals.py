@@ -463,6 +463,7 @@ def test_what_cannot_be_cut_is_refused(network: Callable[[], nn.Module], says: s
 
 def test_compiled_code_is_refused(tmp_path: Path) -> None:
     """It does not show the tensors that are cut."""
-    trainer = GrapeTrainer(Branches(), arguments(tmp_path, torch_compile=True), train_dataset=rows())
+    args = arguments(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    trainer = GrapeTrainer(Branches(), args, train_dataset=rows())
     with pytest.raises(ValueError, match="torch.compile does not go with blocks whose residuals"):
         trainer.train()
