@@ -505,7 +505,8 @@ class TestImages:
         settings["data"] |= {"data_dir": f"random-images-{os.getpid()}"}
         settings["arguments"] |= {"per_device_train_batch_size": 32, "bf16": False, "eval_steps": 1, "logging_steps": 1}
         settings["arguments"]["alignment_steps"] = 1
-        settings["methods"]["bp"]["learning_rates"] = [0.1]
+        for method in settings["methods"].values():
+            method.pop("learning_rates", None)
         path = tmp_path / f"images-{os.getpid()}.yaml"
         path.write_text(yaml.safe_dump(settings, sort_keys=False))
         image_pixels.write(image_pixels.folder_of(settings["data"]), ImageData("random", list("abcdefghij"), *splits))
