@@ -207,3 +207,17 @@ def test_a_single_block_is_refused_in_activation_space_alone():
     with pytest.raises(ValueError, match='ConvNet has one block.*perturbation_space="weight"'):
         ForwardGradient(model, ACTIVATION)
     ForwardGradient(model, WEIGHT)
+
+
+def test_blocks_that_begin_in_place_change_nothing_of_the_block_before():
+    """ReLU on what block 1 has made, whose own backward needs it (tanh)."""
+    blocks = [
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh()),
+        nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 6), nn.Tanh()),
+    ]
+    model = ConvNet(blocks, nn.Linear(4, 10)).double()
+    got = estimate(model, batch(BATCH), ForwardGradient(model, ACTIVATION))
+    model.blocks[1][0].inplace = False
+    expected = estimate(model, batch(BATCH), ForwardGradient(model, ACTIVATION))
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
