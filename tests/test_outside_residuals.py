@@ -279,6 +279,18 @@ class Scaled(nn.Module):
         return f + self.scale * x
 
 
+class Crossed(Lists):
+    """The first part of a layer reads two tensors that were made of the sum."""
+
+    def layer(self, attention: nn.Module, mlp: nn.Module) -> nn.Module:
+        return nn.ModuleList([nn.Bilinear(D, D, D), mlp])
+
+    def run(self, layer: Any, x: Tensor) -> Tensor:
+        crossing, mlp = layer
+        x = x + crossing(x, x.flip(1))
+        return x + mlp(x)
+
+
 class Modules(Lists):
     """The layers of ``Lists``, each in one module."""
 
@@ -446,6 +458,7 @@ def test_what_made_a_sum_keeps_its_graph() -> None:
         (NoModule, "the loss reads h_5"),
         (TwoHeads, "the loss reads h_5"),
         (Turned, "to be a tensor of its own, got a view"),
+        (Crossed, "as several tensors: expected one"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(network: Callable[[], nn.Module], says: str, tmp_path: Path) -> None:

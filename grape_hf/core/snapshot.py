@@ -178,12 +178,14 @@ def runs_users_code(module: nn.Module) -> bool:
             hook = hook.func
         if _is_users_code(_function_of(hook)[1]):
             return True
-    return any(map(_hooks_tensors, type(module).__mro__)) or _puts_hook(_function_of(module.forward)[1])
+    kind: Any = type(module)  # mypy takes a class of modules for nothing to be hashed
+    of_its_own = vars(module).get("forward")  # in the place of its class's
+    return _hooks_tensors(kind) or (of_its_own is not None and _puts_hook(_function_of(of_its_own)[1]))
 
 
 @cache
 def _hooks_tensors(kind: Any) -> bool:  # a class
-    return any(map(_puts_hook, vars(kind).values()))
+    return any(_puts_hook(code) for base in kind.__mro__ for code in vars(base).values())
 
 
 def _puts_hook(code: Any) -> bool:

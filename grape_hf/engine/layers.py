@@ -36,6 +36,7 @@ def settle_ends(model: nn.Module, blocks: Iterable[nn.Module], forward: Callable
         forward()
     times = Counter(called)
     for layer in layers:
-        if once := [part for part in called if times[part] == 1 and part in set(layer)]:
+        parts = set(layer)
+        if once := [part for part in called if times[part] == 1 and part in parts]:
             layer.ends = once[0], once[-1]
     return True

@@ -220,7 +220,7 @@ class Watcher:
                 return
             (path, h), *more = main
             if any(other is not h for _, other in more):
-                return
+                return self.sums.at_several(self, index)
             self.places[index], self.read[index] = path, h
             self.repeated[index] = [other for other, _ in more]
             self.sums.at_reader(self, index, h)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from grape_hf.core import nested
 from grape_hf.core.block_lists import Layer
 from grape_hf.core.boundaries import Boundaries, OutputNotReachedError
-from grape_hf.core.in_place import ADVICE
 from grape_hf.core.isolation import isolated
 from grape_hf.core.padding import mean_length
 from grape_hf.core.paths import has_path
@@ -91,10 +90,10 @@ def look(model: nn.Module, boundaries: Boundaries, forward: Callable[[], object]
         seen = _look(model, boundaries, forward, deterministic=False)
     except ValueError:  # a batch norm has no batch statistics of one sample
         seen = None
-    # Other than in training no block is left out (LayerDrop).
-    deterministic = seen is None or seen.order != list(range(len(boundaries.blocks)))
-    if seen is None or deterministic:
-        seen = _look(model, boundaries, forward, deterministic=True)
+    deterministic = False
+    if seen is None or seen.order != list(range(len(boundaries.blocks))):
+        deterministic = True  # other than in training no block is left out (LayerDrop)
+        seen = _look(model, boundaries, forward, deterministic)
     if seen.sums.found:
         boundaries.in_place = True
         seen = _look(model, boundaries, forward, deterministic)
@@ -137,10 +136,6 @@ class Look(Watcher):
         boundaries.around, boundaries.in_place = self.around, self.boundaries.in_place
         boundaries.end = self.sums.end if boundaries.hidden else None
         for index, readers in enumerate(boundaries.readers):
-            if readers and self.boundaries.in_place and index not in self.places:
-                raise RuntimeError(
-                    f"block {index + 2} does not read the sum that was expected to be h_{index + 1}. {ADVICE}"
-                )
             if readers and index not in self.places:  # no one place where h_l is read: it is cut where it is made
                 self._say_several(index, readers[0])
                 boundaries.readers[index] = []

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from grape_hf.core import nested
 from grape_hf.core.graph import Mark, graph_of, in_backward, is_mark, marks_of
-from grape_hf.core.in_place import as_made, part_of, replace, whole_of
+from grape_hf.core.in_place import ADVICE, as_made, part_of, replace, whole_of
 
 if TYPE_CHECKING:
     from grape_hf.engine.look import Watcher
@@ -45,6 +45,15 @@ class Sums:
             self._mark(seen, h, index)
         elif 0 < index < len(seen.boundaries) - 1:  # the last block may read others as well
             self.found |= (index - 1, seen.parts[index - 1]) in marks_of([h])
+
+    @staticmethod
+    def at_several(seen: "Watcher", index: int) -> None:
+        """Raise RuntimeError where h_l is read as several tensors, and would have to be cut in place."""
+        if seen.boundaries.in_place:
+            raise RuntimeError(
+                f"block {index + 2} reads h_{index + 1}, which parts of blocks or residual sums outside of them read, "
+                f"too, as several tensors: expected one. {ADVICE}"
+            )
 
     def at_module(self, seen: "Watcher", module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Find what reads a sum behind the last block: y, if the blocks read such sums, too."""

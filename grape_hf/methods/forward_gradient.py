@@ -116,7 +116,7 @@ class ForwardGradient:
                 _, self.boundaries, _ = self.points.look(lambda: model(*args, **kwargs))
             boundaries = self.boundaries
             if boundaries._mode is not star:
-                star.last, star.copied = len(boundaries), frozenset(boundaries.copied)
+                star.boundaries = boundaries
                 hooks.enter_context(boundaries.attached())
                 hooks.enter_context(boundaries._in_mode(star))
             star.u.clear()
@@ -182,15 +182,15 @@ class _SlopeStar(Mode):
         q: the tangent that it caused at y.
         h: the boundary activations of the forward under way.
         ahead: whether a dual pass is under way.
-        last: the number of the last block.
-        copied: the boundaries whose h_l is changed in place by what reads it.
+        boundaries: what has put it on the model.
     """
 
     def __init__(self) -> None:
         self.u: dict[int, Tensor] = {}
         self.q: Tensor | None = None
         self.h: dict[int, Tensor] = {}
-        self.ahead, self.last, self.copied = False, 0, frozenset[int]()
+        self.ahead = False
+        self.boundaries: Boundaries | None = None
 
     def at_boundary(self, index: int, h: Tensor, block: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         if not torch.is_grad_enabled():
@@ -202,10 +202,12 @@ class _SlopeStar(Mode):
                 'Name others with the option `blocks`, or use perturbation_space="weight".'
             )
         self.h[index] = h
-        return h.detach().clone() if index in self.copied else h.detach()
+        assert self.boundaries is not None
+        return h.detach().clone() if index in self.boundaries.copied else h.detach()
 
     def at_output(self, y: Tensor, site: int) -> Tensor:
-        if not self.h or not torch.is_grad_enabled() or site < self.last:
+        assert self.boundaries is not None
+        if not self.h or not torch.is_grad_enabled() or site < len(self.boundaries):
             return y
         assert self.q is not None
         if any(len(u) != len(y) for u in self.u.values()):
